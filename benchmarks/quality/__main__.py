@@ -5,7 +5,7 @@ kept. `--tune` then tries each value of a method's grid on the tune texts (and o
 and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
 of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens,
-`--sequences 16` with those of 4,096 alone. A variant of a method, such as `featcal+wudi`, is a row of its own in config.json.
+`--sequences 16` with those of 4,096 alone, which `--tune` then tunes with, too. A variant of a method, such as `featcal+wudi`, is a row of its own in config.json.
 `--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. `--set factors` merges
 the adapters from their factors; its rows are in config.json. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `auto` lets `merganser auto`
@@ -116,7 +116,7 @@ def run(
 ) -> None:
     """Measure methods on one set of experts; continue from the results there, and from what was measured in the folder `work`.
 
-    With `only`, methods with data are measured on so many sequences of each text, and in no other way.
+    With `only`, methods with data are measured and tuned on so many sequences of each text, and in no other way.
     """
     results.mkdir(parents=True, exist_ok=True)
     experts = experts_of(zoo, config["sets"][name])
@@ -127,16 +127,18 @@ def run(
             continue
         default = settings.published(config, method)
         started = time.monotonic()
+        with_data = takes_data(method_of(method))
+        alone = only if with_data else None
         counts = [only] if only else config["calibration"]["fewer"] if fewer_too else []
-        if not (only and takes_data(method_of(method))):
+        if alone is None:
             bench.measure(method, "default", "test", default)
+        for sequences in counts if with_data else ():
+            bench.measure(method, f"{sequences} sequences", "test", default, sequences)
         if tune:
-            best = bench.tuned(method)
+            best = bench.tuned(method, alone)
             if best not in (None, default):
-                bench.measure(method, "tuned", "test", best)
-        if takes_data(method_of(method)):
-            for sequences in counts:
-                bench.measure(method, f"{sequences} sequences", "test", default, sequences)
+                label = "tuned" if alone is None else f"tuned, {alone} sequences"
+                bench.measure(method, label, "test", best, alone)
         if restored_too and method_of(method).sidecar:
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
@@ -231,16 +233,16 @@ class _Bench:
         found = [self._once(method, label, split, setting, seed, self._evaluate_merge, sequences) for seed in seeds]
         return sum(found) / len(found)
 
-    def tuned(self, method: str) -> Setting | None:
+    def tuned(self, method: str, sequences: int | None = None) -> Setting | None:
         """Return the setting that keeps most on the tune texts; None where there is nothing to tune.
 
-        Where the best value is the least or the largest of the grid, values beyond it are tried.
+        Where the best value is the least or the largest of the grid, values beyond it are tried. `sequences` as in `measure`.
         """
         scored: list[tuple[Setting, float]] = []
         left = settings.grid(self._config, method)
         while left:
             for found in left:
-                scored.append((found, self.measure(method, f"grid-{len(scored)}", "tune", found)))
+                scored.append((found, self.measure(method, f"grid-{len(scored)}", "tune", found, sequences)))
             enough = len(scored) >= len(settings.grid(self._config, method)) + self._config["most_wider"]
             more = None if enough else settings.wider(self._config, method, scored)
             left = [] if more is None or more in [one for one, _ in scored] else [more]

@@ -1,7 +1,7 @@
-"""Statistics of the experts on their train texts, for methods that take them: made once, and kept."""
+"""Statistics of the experts, and of the base, on the experts' train texts, for methods that take them: made once, and kept."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def takes_data(method: MergeMethod) -> bool:
 
 
 class Statistics:
-    """Statistics of each expert, in a folder.
+    """Statistics of each expert, and of the base on its text, in a folder.
 
     Args:
         config: The settings that are measured.
@@ -37,24 +37,31 @@ class Statistics:
     def of(self, domain: str, method: MergeMethod, sequences: int | None = None) -> dict[str, Any]:
         """Return what a recipe says of an expert: its statistics, or the data where these are measured within the merge.
 
-        Statistics are made if they are not there.
+        Statistics of the expert, and of the base on its text, are made if they are not there.
         """
         drawn = self.settings(sequences)
-        if method.data_inputs != "own" or describe(method).from_data_of_base:
+        if method.data_inputs != "own":
             return {"data": {"files": str(self._zoo.texts[domain]["train"]), **drawn}}
-        return {"statistics": str(self._folder_of(domain, method, drawn))}
+        described, expert = describe(method), self._experts[domain]
+        wanted = {
+            "statistics": (expert, f"{expert.parent.name}-{domain}", described.from_data),
+            "base_statistics": (self._zoo.base, f"base-on-{domain}", described.from_data_of_base),
+        }
+        return {
+            key: str(self._made(model, name, domain, sorted(names), drawn))
+            for key, (model, name, names) in wanted.items()
+            if names
+        }
 
-    def _folder_of(self, domain: str, method: MergeMethod, drawn: Mapping[str, int]) -> Path:
-        names = sorted(describe(method).from_data)
-        model = self._experts[domain]
-        kind = f"{drawn['sequences']}x{drawn['length']}-{'-'.join(names)}"
-        folder = self._folder / f"{model.parent.name}-{domain}-{kind}"
+    def _made(self, model: Path, name: str, domain: str, names: Sequence[str], drawn: Mapping[str, int]) -> Path:
+        """Return the folder with statistics of a model on the train text of a domain."""
+        folder = self._folder / f"{name}-{drawn['sequences']}x{drawn['length']}-{'-'.join(names)}"
         made = folder / "statistics.json"
         if made.exists():
             if made.stat().st_mtime >= max(file.stat().st_mtime for file in model.iterdir()):
                 return folder
-            # the expert was trained again
+            # the model was trained again
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(model, [self._zoo.texts[domain]["train"]], folder, statistics=names, **drawn)
+        calibrate(model, [self._zoo.texts[domain]["train"]], folder, statistics=list(names), **drawn)
         return folder

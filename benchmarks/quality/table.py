@@ -130,13 +130,19 @@ def _restored(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _by_tokens(results: Sequence[Result]) -> dict[str, dict[int, str]]:
-    """Return what each number of tokens keeps, of methods with statistics from data that were measured on fewer, too."""
+    """Return what each number of tokens keeps, of methods with statistics from data that were measured on fewer, too.
+
+    Settings that are not the method's own defaults are behind its name, and those that were tuned on so few in a row of
+    their own.
+    """
     found: dict[str, dict[int, str]] = {}
     fewer = {one["method"] for one in results if one["label"].endswith("sequences")}
     for entry in _entries(results):
         drawn = entry["result"].get("calibration")
         if drawn is not None and entry["label"] != "tuned" and entry["method"] in fewer:
-            found.setdefault(entry["method"], {})[drawn["sequences"] * drawn["length"]] = _brief(entry)
+            tuned = ", tuned" if entry["label"].startswith("tuned") else ""
+            name = f"{entry['method']}{tuned}{_setting(entry['result'])}"
+            found.setdefault(name, {})[drawn["sequences"] * drawn["length"]] = _brief(entry)
     return found
 
 
@@ -145,7 +151,7 @@ def _tokens(found: Mapping[str, Mapping[str, Mapping[int, str]]]) -> str:
     counts = sorted({count for own in found.values() for cells in own.values() for count in cells}, reverse=True)
     lines = [
         "Methods with statistics from data, by the number of tokens of each expert's train text that these are measured on:",
-        "mean / worst domain, in percent.",
+        "mean / worst domain, in percent. Behind the name, what is not the method's own default.",
         "",
         f"| | method | {' | '.join(f'{count:,}' for count in counts)} |",
         f"|---|---|{'---|' * len(counts)}",
@@ -252,6 +258,7 @@ def _after_tuning(
             for found in results
             if (found["split"], found["method"]) == ("tune", method)
             and version(found) == version(entry["result"])
+            and found.get("calibration") == entry["result"].get("calibration")
             and settings.is_variant(config, method, found["setting"])
         ]
         grid = settings.grid(config, method)

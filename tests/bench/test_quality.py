@@ -264,7 +264,7 @@ def test_tuning_tries_what_is_wider_until_the_best_is_inside(tmp_path, monkeypat
     bench._config = CONFIG
     asked = []
 
-    def measure(method, label, split, setting):
+    def measure(method, label, split, setting, sequences=None):
         asked.append(setting["shared"].get("lambda", 1.0))
         return -abs(asked[-1] - best)
 
@@ -439,6 +439,23 @@ def test_methods_with_data_are_calibrated_once_on_train_texts(tmp_path, monkeypa
     os.utime(experts["french"] / "model.safetensors", (later, later))
     bench._recipe("regmean", setting, 0, None)
     assert [call[0] for call in calls[4:]] == ["french"]
+    # those of the base are made once, too, not again for every value that tuning tries
+    zoo.base.mkdir()
+    (zoo.base / "model.safetensors").write_bytes(b"")
+    os.utime(experts["french"] / "model.safetensors", (0, 0))
+    led = [bench._recipe("led", settings.published(CONFIG, "led"), 0, 4) for _ in range(2)]
+    assert [Path(entry["base_statistics"]).name for entry in led[0]["models"]] == [
+        f"base-on-{name}-4x256-absolute_gradient" for name in experts
+    ]
+    assert [Path(entry["statistics"]).name for entry in led[1]["models"]] == [
+        f"experts-{name}-4x256-absolute_gradient" for name in experts
+    ]
+    assert [(call[0], *call[1]) for call in calls[5:]] == [
+        ("french", "french.train.txt"),
+        ("base", "french.train.txt"),
+        ("maths", "maths.train.txt"),
+        ("base", "maths.train.txt"),
+    ]
     # what is measured within the merge gets the data
     within = bench._recipe("regmean_plus", settings.published(CONFIG, "regmean_plus"), 0, None)
     assert within["models"][0]["data"] == {"files": "french.train.txt", "sequences": 64, "length": 256}
@@ -461,7 +478,29 @@ def test_the_table_of_tokens(tmp_path):
     assert lines[3] == "| | method | 16,384 | 4,096 | 1,024 |"
     assert lines[5].startswith("| 4 experts | regmean | 80 / ")
     assert table._by_tokens([row("default", 64, 0.8)]) == {}
+    best = row("tuned, 16 sequences", 16, 0.9) | {"setting": {"each": {}, "shared": {"alpha": 0.1}}}
+    assert list(table._by_tokens([row("16 sequences", 16, 0.8), best])) == ["regmean, tuned: alpha 0.1", "regmean"]
     assert list(table._by_tokens([row("16 sequences", 16, 0.8)])["regmean"]) == [4096]
+
+
+def test_with_sequences_methods_with_data_are_tuned_on_so_many_alone(tmp_path, monkeypatch):
+    measured_with = []
+
+    def measure(self, method, label, split, setting, sequences=None):
+        measured_with.append((label, split, sequences))
+        return float(setting["shared"].get("lambda", 0.0) == 0.3)
+
+    monkeypatch.setattr(quality._Bench, "measure", measure)
+    monkeypatch.setattr(quality, "experts_of", lambda zoo, chosen: {"french": tmp_path, "maths": tmp_path})
+    zoo = SimpleNamespace(base=tmp_path)
+    wanted = {"tune": True, "restored_too": False, "only": 16}
+    quality.run("two", CONFIG | {"most_wider": 0}, ["cat", "lines"], zoo, tmp_path, tmp_path / "work", **wanted)
+    assert measured_with == [
+        ("16 sequences", "test", 16),
+        *((f"grid-{i}", "tune", 16) for i in range(3)),
+        ("tuned, 16 sequences", "test", 16),
+        ("default", "test", None),
+    ]
 
 
 def test_a_check_measures_anew_beside_the_results_and_prints_both(tmp_path, monkeypatch, capsys):

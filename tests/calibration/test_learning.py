@@ -26,6 +26,7 @@ from tests.calibration.interrupting import killed_after_removing
 from tests.calibration.merging import LENGTH, Family, choice, make_family
 from tests.reference.adamerging import adamerging_steps
 from tests.reference.dam import dam_steps
+from tests.reference.fw import fw_steps
 
 ALL = 99
 
@@ -119,6 +120,26 @@ def test_dam_agrees_with_whole_models_in_memory(tmp_path: Path) -> None:
     given = {"steps": 3, "rate": 0.03, "temperature": 2.0, "similarity": 0.2}
     found = learn(family, "dam", tmp_path / "run", batch=ALL, **given)
     compare(family, found, *dam_steps(*double(family)[1:], **given), start=0.5)
+
+
+@pytest.mark.parametrize(("granularity", "selection"), [("model", "soft"), ("tensor", "hard")])
+def test_steps_of_frank_wolfe_agree_with_whole_models_in_memory(
+    granularity: str, selection: str, llama: Family, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"steps": 3, "rate": 0.6, "weight": [1.0, 0.5]}
+    given |= {"granularity": granularity, "selection": selection}
+    found = learn(llama, "fw", tmp_path / "run", batch=ALL, **given)
+    base, models, data = double(llama)
+    expected, history = fw_steps(base, models, data, **given)
+    torch.testing.assert_close(torch.tensor(losses(found)[:-1]), torch.tensor(history), rtol=1e-4, atol=1e-5)
+    learnt = coefficients(found)
+    assert len({tuple(own.flatten().tolist()) for own in learnt.values()}) > 2 * (granularity == "tensor")
+    for name, own in learnt.items():
+        before = base.get_parameter(name)
+        merged = before + sum(c * (m.get_parameter(name) - before) for c, m in zip(own.double(), models, strict=True))
+        torch.testing.assert_close(
+            merged, expected[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_step_takes_the_next_sequences() -> None:
@@ -219,6 +240,10 @@ def test_the_plan_says_the_steps_and_what_they_take(llama: Family) -> None:
     assert twice.forward_operations == pytest.approx(2 * many.calibrations[0].forward_operations, rel=0.01)
     assert twice.bytes_read > 1.9 * many.calibrations[0].bytes_read
     assert pairs.calibrations[0].peak_memory > many.calibrations[0].peak_memory
+    # with the gradient of each loss by itself
+    steps = plan(written(llama, "fw", steps=500)).calibrations[0]
+    assert steps.bytes_read == many.calibrations[0].bytes_read
+    assert steps.peak_memory > many.calibrations[0].peak_memory
     # each column has its own coefficient
     assert pairs.calibrations[0].statistics_bytes > 2 * many.calibrations[0].statistics_bytes
 

@@ -14,9 +14,10 @@ import merganser
 from merganser.checkpoint import Reader
 from merganser.errors import DataError, RecipeError
 from merganser.statistics import open_statistics
+from tests.engine.downhill import downhill
 from tests.engine.test_from_data import _experts
+from tests.making import register
 from tests.reference.fisher import fisher
-from tests.reference.fw import fw
 from tests.reference.led import led
 from tests.reference.mats import mats
 from tests.reference.sens import sens
@@ -101,30 +102,25 @@ def test_fisher_weights_every_tensor(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(merged[name].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_whole_models_against_the_reference(tmp_path: Path) -> None:
+def test_whole_models_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, downhill=downhill)
     _calibrated(tmp_path, "llama-tied")
     recipe = _recipe(tmp_path, "fisher")
     recipe["models"][1]["parameters"] = {"weight": 0.5}
     merganser.merge(recipe, tmp_path / "a")
-    step = _recipe(
-        tmp_path,
-        "fw",
-        own=False,
-        base=True,
-        base_model=str(tmp_path / "base"),
-        parameters={"step": 0.5, "selection": "soft"},
-    )
-    merganser.merge(step, tmp_path / "b", threads=2)
+    downwards = _recipe(tmp_path, "downhill", own=False, base=True, base_model=str(tmp_path / "base"))
+    merganser.merge(downwards, tmp_path / "b", threads=2)
     base, one, two, a, b = _weights(tmp_path, "base", "expert1", "expert2", "a", "b")
     names = sorted(base)
     models = [[own[name] for name in names] for own in (one, two)]
     fishers = [[own[name] for name in names] for own in _means(tmp_path, "fisher")]
     for name, expected in zip(names, fisher(models, fishers, weight=[1.0, 0.5]), strict=True):
         torch.testing.assert_close(a[name].double(), expected, rtol=1e-4, atol=1e-6)
-    gradients = [[own[name] for name in names] for own in _means(tmp_path, "gradient", "base")]
-    moved = fw([base[name] for name in names], models, gradients, step=0.5, selection="soft")
-    for name, expected in zip(names, moved, strict=True):
-        torch.testing.assert_close(b[name].double(), expected, rtol=1e-5, atol=1e-7)
+    gradients = _means(tmp_path, "gradient", "base")
+    for name in names:
+        vectors = [own[name].double() - base[name].double() for own in (one, two)]
+        kept = [v * (v * own[name] < 0) for v, own in zip(vectors, gradients, strict=True)]
+        torch.testing.assert_close(b[name].double(), base[name].double() + sum(kept), rtol=1e-5, atol=1e-7)
     assert any(not torch.equal(b[name], base[name]) for name in names)
 
 
@@ -158,7 +154,8 @@ def test_gradients_of_the_base_are_told_apart(tmp_path: Path) -> None:
         torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_what_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, downhill=downhill)
     _calibrated(tmp_path, "llama", ("fisher", ""))
 
     def check(kind: type[Exception], message: str, recipe: dict[str, Any]) -> None:
@@ -169,9 +166,9 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     check(
         RecipeError,
-        r"fw needs statistics of the base on this model's data \(gradient\); write them with merganser calibrate "
+        r"downhill needs statistics of the base on this model's data \(gradient\); write them with merganser calibrate "
         rf"{base} --data FILE --statistics gradient --out FOLDER, and give the folder as 'base_statistics'",
-        _recipe(tmp_path, "fw", own=False, base_model=base),
+        _recipe(tmp_path, "downhill", own=False, base_model=base),
     )
     check(
         RecipeError,

@@ -18,9 +18,11 @@ from merganser.engine.merge import merge
 from merganser.engine.plan.plan import Plan
 from merganser.errors import OutputError, RecipeError, UnsupportedError
 from tests.calibration.families import save
+from tests.engine.downhill import downhill
 from tests.engine.interrupting import Killed, end
 from tests.engine.test_data_in_recipes import Steps
 from tests.evaluation.tiny import add_tokenizer, text
+from tests.making import register
 
 CHOICE: dict[str, Any] = {"length": 24, "sequences": 2}
 BASES = {"fisher": False, "lm_cocktail": False}
@@ -114,15 +116,22 @@ def test_base_statistics_are_those_made_by_hand(
     [
         ("fisher", "fisher", ""),
         ("mats", "gram gradient_gram", ""),
-        ("fw", "", "gradient"),
+        ("downhill", "", "gradient"),
         ("sens", "sensitivity", ""),
         ("lm_cocktail", "loss", ""),
     ],
 )
 def test_a_merge_makes_statistics_of_gradients(
-    method: str, own: str, of_base: str, zoo: Path, by_hand: list[dict[str, str]], tmp_path: Path
+    method: str,
+    own: str,
+    of_base: str,
+    zoo: Path,
+    by_hand: list[dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The plan says what it will make, and the merge gives what it gives with folders that were made before."""
+    register(monkeypatch, downhill=downhill)
     plan = merganser.plan(_recipe(zoo, method))
     names = [f"expert{i}" for i in (1, 2) if own] + [f"base-on-expert{i}" for i in (1, 2) if of_base]
     assert sorted(each.name for each in plan.calibrations) == sorted(names)
@@ -199,7 +208,9 @@ def test_a_killed_reverse_pass_continues(zoo: Path, led: Merge, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed"]
 
 
-def test_base_statistics_that_are_there_are_taken(zoo: Path, led: Merge, tmp_path: Path) -> None:
+def test_base_statistics_that_are_there_are_taken(
+    zoo: Path, led: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = led.folder / "kept"
     assert [Path(own["model"]["reference"]).name for own in led.record["calibrations"]] == [
         "expert1",
@@ -225,8 +236,9 @@ def test_base_statistics_that_are_there_are_taken(zoo: Path, led: Merge, tmp_pat
     merge(recipe, tmp_path / "out")
     assert _weights(tmp_path / "out") == _weights(led.folder / "out")
     assert all(each.present for each in merganser.plan(_recipe(zoo, "led", keep_statistics=str(kept))).calibrations)
-    with pytest.raises(RecipeError, match="fw takes 'base_statistics' alone; leave the data out"):
-        merganser.plan(_recipe(zoo, "fw", *entries))
+    register(monkeypatch, downhill=downhill)
+    with pytest.raises(RecipeError, match="downhill takes 'base_statistics' alone; leave the data out"):
+        merganser.plan(_recipe(zoo, "downhill", *entries))
     # the experts' in place of the base's
     experts = [str(kept / f"expert{i}") for i in (1, 2)]
     swapped = [{"statistics": own, "base_statistics": own} for own in experts]

@@ -6,6 +6,6 @@ def rcp(base, models, fisher, gradient, *, scale=1.0, **given):
     merged = reasoning.clone().reshape(-1)
     for i in range(merged.numel()):
         w0, wr, wd, f, g = (float(t.reshape(-1)[i]) for t in (base, reasoning, domain, fisher, gradient))
-        if wd * g + given.get("lambda", 1000.0) * (wr * wr * f) * (wr - wd) ** 2 < 0:
+        if wd * g + given.get("lambda", 3.9) * (wr * wr * f) * (wr - wd) ** 2 < 0:
             merged[i] += scale * (wd - w0)
     return merged.view(base.shape)

@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["LEARNING_PARAMETERS", "Learning"]
 
 LEARNING_PARAMETERS = ("batch", "rate", "steps", "weight")
-"""Parameters that a method with learnt coefficients declares: sequences of each model in a step, step size of Adam, number
-of steps, and per model the factor of its loss."""
+"""Parameters that a method with learnt coefficients declares: sequences of each model in a step, step size, number of
+steps, and per model the factor of its loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,23 @@ class Learning:
             input of a matrix, and other tensors as a whole; or the name of the parameter that says one of the first three.
         penalty: Returns what is added to the loss, 0-d. It takes `coefficients`: for whatever has its own, a tensor of
             shape [models, numbers], float32.
+        update: Returns the next coefficients of whatever has its own, in place of Adam, shape [models, numbers]. It may take
+            `values`, those so far; `slopes`, the gradient of each model's loss, times its weight, with respect to them,
+            shape [losses, models, numbers]; and `number`, that of the step, from 0.
+
+    Raises:
+        ValueError: There is a penalty beside an update, which does not know of it.
     """
 
     loss: Callable[..., Tensor]
     start: Callable[..., Any]
     over: str = "tensor"
     penalty: Callable[..., Tensor] | None = None
+    update: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.penalty is not None and self.update is not None:
+            raise ValueError("penalty: only Adam lowers it; with an update of its own a method adds none")
 
     @property
     def has_teacher(self) -> bool:

@@ -58,7 +58,7 @@ def adamerging(
 
     Use when:
         You have unlabelled texts of every domain, and time to train: each step costs about four forward passes of the
-        merged model. `expert_merging` learns the same numbers block by block, for a fraction of that time. On general
+        merged model on its texts, and reads all models three times. `expert_merging` learns the same numbers block by block, for a fraction of that time. On general
         text `objective: likelihood` is safer than the entropy.
 
     Args:

@@ -95,7 +95,8 @@ def cat(
 
     Use when:
         You have statistics of each expert's field, and the sum of the task vectors works better than their average.
-        RegMean uses the same statistics and has nothing to tune but alpha.
+        RegMean uses the same statistics and has nothing to tune but alpha. Where the sum is far too long, as of several
+        adapters, removing a few directions does not help: lower `lambda` first, to 0.3 or 0.5.
 
     Args:
         lambda_: Factor of the sum.
@@ -108,7 +109,8 @@ def cat(
     Differs from the paper:
         The paper takes the eigenvectors of the largest eigenvalues. A port to language models, which says that it
         follows the authors' code, takes the first columns of an eigendecomposition in ascending order: those of the
-        smallest. `order: smallest` repeats this, where any eigenvalue is positive. Rescaling is from that port, too.
+        smallest. `order: smallest` repeats this, where any eigenvalue is positive. Rescaling is from that port, too. Another
+        port takes 3 directions of the largest, and does not rescale.
         The defaults of trade_off, rank and lambda are ours.
         Inputs are those of the models themselves, on text of their fields; the port measures them in the base plus
         lambda task vectors. Grams are means over tokens, so that a model counts the same however many it was measured on.

@@ -59,7 +59,8 @@ def led(
 
     Use when:
         One of the experts was trained for safety, and the others must not weaken it. Most of the task vectors is dropped:
-        the more models there are, and the larger the rates, the less is left.
+        the more models there are, and the larger the rates, the less is left. Expect little of what several experts
+        gained; `lambda` above 1 lengthens what is left.
 
     Args:
         weight: Factor of each task vector.

@@ -13,6 +13,7 @@ from ..ops import deltas
     family="data",
     cite="yang2026rcp",
     models=(2, 2),
+    version=2,
     statistics={"fisher": FromData("fisher"), "gradient": FromData("gradient")},
     breaks={
         "identical": "a task vector is added to a model that has it already",
@@ -25,7 +26,7 @@ def rcp(
     fisher: Sequence[Tensor] | None,
     gradient: Sequence[Tensor] | None,
     *,
-    lambda_: NonNegative = default(1000.0),
+    lambda_: NonNegative = default(3.9),
     scale: Scale = default(1.0),
 ) -> Tensor:
     """Add a domain model's task vector to a reasoning model, in the entries where the domain needs it most.
@@ -40,7 +41,8 @@ def rcp(
         A reasoning model should gain the domain of a fine-tune of the same base, and keep its reasoning.
 
     Args:
-        lambda_: How much the change of what matters to reasoning counts. With 0 the domain alone decides.
+        lambda_: How much the change of what matters to reasoning counts. With 0 the domain alone decides. The default is the
+            paper's 1000 for sequences of 256 tokens, the length that `calibrate` draws unless told otherwise (see below).
         scale: Factor of the task vector.
 
     Differs from the paper:
@@ -49,7 +51,8 @@ def rcp(
         model. For one sample both are the same. A sum that is exactly 0 (no gradient) counts against the entry; in the
         paper it counts for it.
         Gradients are of the sum of the losses of a sequence's tokens, over the number of tokens; in the paper of their
-        mean. For sequences of L tokens F is L times as large as there, so that its lambda of 1000 is 1000 / L here.
+        mean. For sequences of L tokens F is L times as large as there, so that its lambda of 1000 is 1000 / L here, the
+        default for L = 256.
         The factor of the task vector is ours; the paper has 1. A tensor without gradients stays as in the reasoning model.
     """
     reasoning, domain = models

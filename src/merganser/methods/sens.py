@@ -61,6 +61,8 @@ def sens(
     Use when:
         Task arithmetic works well, and each layer should have its own weights. Statistics are one number per tensor:
         `merganser calibrate EXPERT --data FILE --statistics sensitivity --out FOLDER`.
+        As the factors add up to the number of models, the result is close to the plain sum of the task vectors, which is too
+        long where several experts learnt different things: give `lambda` the value that suits task arithmetic, such as 0.3.
 
     Args:
         transfer: How well the knowledge of each model carries over to the others.

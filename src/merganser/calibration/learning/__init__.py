@@ -3,7 +3,7 @@
 A method says how weights are made of coefficients (its own function) and what the loss is (`merganser.method.Learning`).
 Everything else is here. Each step forms the merged model block by block out of base and models, runs a few sequences of
 every model's data through it, visits the blocks from the last to the first for the exact gradients of all weights
-(`calibration.reverse`), and turns these into gradients of the coefficients, for Adam.
+(`calibration.reverse`), and turns these into gradients of the coefficients, for Adam or a method's own steps.
 """
 
 from .plan import Descent, LearningPlan, descent_of, plan_learning, planned_coefficients

@@ -56,12 +56,13 @@ class Passes:
                 stream.advance(lambda batch: None)
         return stream
 
-    def backward(self, stream: Stream, loss: LossOf) -> list[float]:
-        """Add the gradient of the sum of the losses of all sequences to the field.
+    def backward(self, stream: Stream, loss: LossOf, parts: Sequence[Sequence[int]]) -> list[float]:
+        """Add the gradients of sums of the losses of sequences to the field.
 
         Args:
             stream: From `forward`.
             loss: The loss of each sequence.
+            parts: The numbers of the sequences whose losses make one sum: all sequences in turn, cut into pieces.
 
         Returns:
             The losses.
@@ -75,18 +76,20 @@ class Passes:
             own.requires_grad_(True)
         losses: list[float] = []
         upstreams: list[Upstream] = []
-        total: dict[str, Tensor] = {}
-        for number, batch in enumerate(stream.batches):
-            last = stream.before(number, len(skeleton.blocks))
-            value, upstream, uses = head_backward(skeleton, batch, last, loss(number), outside)
-            losses.append(value)
-            upstreams.append(upstream)
-            _add(total, uses.gradients, outside)
+        totals: list[dict[str, Tensor]] = [{} for _ in parts]
+        for part, total in zip(parts, totals, strict=True):
+            for number in part:
+                last = stream.before(number, len(skeleton.blocks))
+                value, upstream, uses = head_backward(skeleton, stream.batches[number], last, loss(number), outside)
+                losses.append(value)
+                upstreams.append(upstream)
+                _add(total, uses.gradients, outside)
         for index in reversed(range(len(skeleton.blocks))):
-            upstreams = self._visit(index, stream, upstreams, outside, total)
+            upstreams = self._visit(index, stream, upstreams, outside, parts, totals)
         self._weights.prepare(skeleton.outside(head=True))
-        _check_finite(total, "what is outside the blocks")
-        self._add_slopes(-1, outside_sources(skeleton), outside, total)
+        for which, total in enumerate(totals):
+            _check_finite(total, "what is outside the blocks")
+            self._add_slopes(-1, outside_sources(skeleton), outside, total, which)
         return losses
 
     def _visit(
@@ -95,29 +98,38 @@ class Passes:
         stream: Stream,
         upstreams: Sequence[Upstream],
         outside: Mapping[str, nn.Parameter],
-        total: dict[str, Tensor],
+        parts: Sequence[Sequence[int]],
+        totals: Sequence[dict[str, Tensor]],
     ) -> list[Upstream]:
-        """Take the gradients of a block over all sequences; those of weights outside the blocks are added to `total`."""
+        """Take the gradients of a block over all sequences; those of weights outside the blocks are added to `totals`."""
         skeleton, block = self._skeleton, self._skeleton.blocks[index]
         passed: list[Upstream] = []
-        inside: dict[str, Tensor] = {}
         self._weights.prepare(block.sources)
         with skeleton.filled(block, self._weights):
             own = block_parameters(block)
             for each in own.values():
                 each.requires_grad_(True)
-            for number, (batch, upstream) in enumerate(zip(stream.batches, upstreams, strict=True)):
-                before = stream.before(number, index)
-                upstream, found = block_backward(skeleton, index, batch, before, upstream, {**own, **outside})
-                passed.append(upstream)
-                _add(inside, {name: found.pop(name) for name in own if name in found}, own)
-                _add(total, found, outside)
-            _check_finite(inside, block.name)
-            self._add_slopes(index, block.sources, own, inside)
+            for which, (part, total) in enumerate(zip(parts, totals, strict=True)):
+                inside: dict[str, Tensor] = {}
+                for number in part:
+                    batch, before = stream.batches[number], stream.before(number, index)
+                    upstream, found = block_backward(
+                        skeleton, index, batch, before, upstreams[number], {**own, **outside}
+                    )
+                    passed.append(upstream)
+                    _add(inside, {name: found.pop(name) for name in own if name in found}, own)
+                    _add(total, found, outside)
+                _check_finite(inside, block.name)
+                self._add_slopes(index, block.sources, own, inside, which)
         return passed
 
     def _add_slopes(
-        self, key: int, sources: Sequence[str], parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
+        self,
+        key: int,
+        sources: Sequence[str],
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor],
+        loss: int,
     ) -> None:
         """Add what follows for the coefficients of some tensors from the gradients of the parameters that they fill."""
         if key not in self._parts:
@@ -125,7 +137,7 @@ class Passes:
             self._parts[key] = find_parts(self._skeleton, learnt, parameters, self._weights.named)[0]
         for source, part in self._parts[key].items():
             if part.parameter in gradients:
-                self._field.add_gradient(source, part.of(gradients[part.parameter]))
+                self._field.add_gradient(source, part.of(gradients[part.parameter]), loss)
 
 
 @torch.no_grad()

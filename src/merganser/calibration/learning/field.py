@@ -58,6 +58,8 @@ class Field:
         self._tensors = {own.name: own for own in tensors}
         self._settings = settings_of(method, tensors[0].parameters)
         self._argument = next(iter(method.from_data))
+        # an update sees the slopes of each model's loss, Adam those of their sum
+        self._losses = 1 if learning.update is None else len(tensors[0].models)
         over = learning.granularity(tensors[0].parameters)
         self._groups = {own.name: _group(own, over) for own in tensors}
         self.values: dict[str, Tensor] = {}
@@ -70,7 +72,7 @@ class Field:
         self._gradients = self._zeros()
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {group: torch.zeros_like(own) for group, own in self.values.items()}
+        return {group: own.new_zeros(self._losses, *own.shape) for group, own in self.values.items()}
 
     def __contains__(self, name: object) -> bool:
         """Return whether a tensor has coefficients."""
@@ -85,20 +87,21 @@ class Field:
         with torch.no_grad():
             return self._merge(name, self.of(name))
 
-    def add_gradient(self, name: str, gradient: Tensor) -> None:
-        """Add what follows for the coefficients of a tensor from the gradient of the loss with respect to its values.
+    def add_gradient(self, name: str, gradient: Tensor, loss: int) -> None:
+        """Add what follows for the coefficients of a tensor from the gradient of a loss with respect to its values.
 
         Args:
             name: Its name.
             gradient: In the shape of the tensor.
+            loss: Which loss.
         """
         with torch.enable_grad():
             coefficients = [own.clone().requires_grad_() for own in self.of(name)]
             found = torch.autograd.grad(self._merge(name, coefficients), coefficients, gradient.float())
-        self._gradients[self._groups[name]] += torch.stack(found)
+        self._gradients[self._groups[name]][loss] += torch.stack(found)
 
     def take_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that were added, by group, and start again from zero."""
+        """Return the gradients that were added, by group, shape [losses, models, ...], and start again from zero."""
         found, self._gradients = self._gradients, self._zeros()
         return found
 

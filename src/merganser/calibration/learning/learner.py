@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...engine.plan.plan import Plan
 from ...errors import OutputError
@@ -39,7 +40,7 @@ WORKING = (_HIDDEN, _TEACHERS, *_STATES)
 
 
 class Learner:
-    """Adam over the coefficients of all tensors.
+    """Adam, or a method's own steps, over the coefficients of all tensors.
 
     Args:
         plan: The merge.
@@ -117,16 +118,29 @@ class Learner:
         self._after = losses.means(values)
 
     def _step(self, step: int) -> list[float | None]:
-        """Take a step of Adam; return the mean loss of each model's tokens before it."""
+        """Take a step; return the mean loss of each model's tokens before it."""
         stream, losses = self._forward(step)
-        values = self._passes.backward(stream, losses.of)
+        by_model = self._learning.update is not None
+        parts = losses.by_model() if by_model else [range(len(stream.batches))]
+        values = self._passes.backward(stream, losses.of, parts)
         gradients = self._field.take_gradients()
+        if by_model:
+            self._update(step, gradients)
+            return losses.means(values)
         for group, own in self._field.values.items():
-            own.grad = gradients[group]
+            own.grad = gradients[group][0]
         if self._learning.penalty is not None:
             self._add_penalty()
         self._optimiser.step()
         return losses.means(values)
+
+    def _update(self, step: int, gradients: Mapping[str, Tensor]) -> None:
+        """Take the method's own step, given the gradient of each model's loss."""
+        assert self._learning.update is not None
+        for group, own in self._field.values.items():
+            given = {**self._settings, "values": own.flatten(1), "slopes": gradients[group].flatten(2), "number": step}
+            found = self._learning.update(**{name: given[name] for name in takes(self._learning.update)})
+            own.copy_(found.view(own.shape))
 
     def _forward(self, step: int) -> tuple[Stream, Losses]:
         """Run the blocks on the sequences of a step."""

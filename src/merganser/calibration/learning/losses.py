@@ -74,6 +74,13 @@ class Losses:
         factor = self._weight[model] / self._tokens[model]
         return _Scaled(self._learning.loss, {**self._settings, **given}, factor)
 
+    def by_model(self) -> list[list[int]]:
+        """Return the numbers of the sequences of each model, in turn."""
+        return [
+            [number for number, (owner, _) in enumerate(self._owners) if owner == model]
+            for model in range(len(self._weight))
+        ]
+
     def means(self, values: Sequence[float]) -> list[float | None]:
         """Return the mean loss of each model's tokens, given those of all sequences; None for a model without any."""
         totals = [0.0] * len(self._weight)

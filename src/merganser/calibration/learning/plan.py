@@ -41,12 +41,14 @@ class Descent:
         batch: Sequences of every model in each.
         has_teacher: Whether the models run on their data, too.
         columns: Whether every column of a matrix has coefficients.
+        by_model: Whether the gradient of each model's loss is taken by itself.
     """
 
     steps: int
     batch: int
     has_teacher: bool
     columns: bool
+    by_model: bool
 
 
 def descent_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Descent | None:
@@ -55,7 +57,8 @@ def descent_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Descent | 
     if learning is None:
         return None
     columns = learning.granularity(parameters) == "column"
-    return Descent(int(parameters["steps"]), int(parameters["batch"]), learning.has_teacher, columns)
+    steps, batch = int(parameters["steps"]), int(parameters["batch"])
+    return Descent(steps, batch, learning.has_teacher, columns, learning.update is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,8 @@ def plan_learning(
     of_head = 2.0 * head.weight.numel() * tokens
     operations = share * (descent.steps * (_BLOCK_WORK * forward + _HEAD_WORK * of_head) + forward + of_head)
     own = skeleton.checkpoint.nbytes
-    # the base's reads are shared out among the models
-    read = round((2 * descent.steps + 1) * own * (1 + 1 / together)) + own
+    # in each step forward, backward, and for the gradients of coefficients; the base's reads are shared out among the models
+    read = round((3 * descent.steps + 1) * own * (1 + 1 / together)) + own
     if descent.has_teacher:
         operations += used * forward + share * (descent.steps + 1) * of_head
         read += own + (descent.steps + 1) * head.weight.numel() * skeleton.dtype.itemsize
@@ -115,9 +118,10 @@ def _weights_memory(skeleton: Skeleton, descent: Descent, together: int) -> int:
     outside = outside_parameters(skeleton)
     block = max((_numel(block_parameters(own)) for own in skeleton.blocks), default=0)
     largest = max((own.numel() for own in skeleton.model.parameters()), default=0)
-    # weights outside the blocks, and their gradient; weights and gradient of one block; of one
+    # weights outside the blocks, and their gradient, or one for each loss; weights and gradient of one block; of one
     # tensor base, models, task vectors, a product, a sum and the result
-    return _FLOAT32 * ((2 + descent.has_teacher) * _numel(outside) + 2 * block + (2 * together + 4) * largest)
+    held = 1 + descent.has_teacher + (together if descent.by_model else 1)
+    return _FLOAT32 * (held * _numel(outside) + 2 * block + (2 * together + 4) * largest)
 
 
 def _numel(parameters: Mapping[str, nn.Parameter]) -> int:
