@@ -1,7 +1,7 @@
 """`python -m benchmarks.spectral.whole [options]`: whole merges by methods that decompose matrices, beside FusionBench.
 
 Ours are commands, with loading and writing. FusionBench's time is that of one matrix of each shape times their number,
-without loading and writing; the 300 steps of its WUDI are extrapolated from one and two. What is scaled is marked.
+without loading and writing; the 300 steps of its WUDI are extrapolated from one and ten. What is scaled is marked.
 """
 
 import argparse
@@ -33,6 +33,9 @@ RELATIVE = 0.003
 EXPERTS = 4
 _RANK = 64
 
+_STEPS = 10
+"""Steps of FusionBench's WUDI from which 300 are extrapolated."""
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -60,7 +63,7 @@ def main(arguments: list[str]) -> int:
         scaled = f" (of {one.layers} of {shape.layers} layers, start-up and the embedding too)" if scale != 1 else ""
         _say(f"{method:6s} merganser {seconds * scale:.1f} s, processor {cpu * scale:.1f} s{scaled}")
         found = sum(n * _matrix(theirs[method], method, dims, options.threads) for dims, n in matrices(shape).items())
-        steps = ", 300 steps from 1 and 2" if method == "wudi" else ""
+        steps = f", 300 steps from 1 and {_STEPS}" if method == "wudi" else ""
         _say(f"{method:6s} FusionBench {found:.1f} s (one matrix of each shape, scaled{steps})")
     return 0
 
@@ -118,10 +121,12 @@ def merge(method: str, models: Path, options: argparse.Namespace) -> tuple[float
 
 def _matrix(theirs: Callable[[int], peer.Merge], method: str, dims: tuple[int, int], threads: int) -> float:
     vectors = Case(method, dims, EXPERTS).vectors()
+    # the first call loads libraries, too
+    run_alone(theirs(1), vectors, threads)
     first = run_alone(theirs(1), vectors, threads)[0]
     if method != "wudi":
         return first["seconds"]
-    return extrapolated(first, run_alone(theirs(2), vectors, threads)[0], 2)["seconds"]
+    return extrapolated(first, run_alone(theirs(_STEPS), vectors, threads)[0], _STEPS)["seconds"]
 
 
 def _save(place: Path, tensors: dict[str, torch.Tensor], shape: Shape) -> None:
