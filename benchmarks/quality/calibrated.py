@@ -10,6 +10,9 @@ from merganser import calibrate
 from merganser.method import MergeMethod
 from merganser.method.description import describe
 
+_TOGETHER = ("mean", "zipped")
+"""Inputs for which all models read the same tokens: those of all texts."""
+
 
 def takes_data(method: MergeMethod) -> bool:
     """Return whether a method needs statistics of data, of the models or of the base."""
@@ -40,6 +43,9 @@ class Statistics:
         Statistics of the expert, and of the base on its text, are made if they are not there.
         """
         drawn = self.settings(sequences)
+        if method.data_inputs in _TOGETHER:
+            files = [str(self._zoo.texts[name]["train"]) for name in self._experts]
+            return {"data": {"files": files, **drawn, "sequences": drawn["sequences"] * len(files)}}
         if method.data_inputs != "own":
             return {"data": {"files": str(self._zoo.texts[domain]["train"]), **drawn}}
         described, expert = describe(method), self._experts[domain]

@@ -459,6 +459,10 @@ def test_methods_with_data_are_calibrated_once_on_train_texts(tmp_path, monkeypa
     # what is measured within the merge gets the data
     within = bench._recipe("regmean_plus", settings.published(CONFIG, "regmean_plus"), 0, None)
     assert within["models"][0]["data"] == {"files": "french.train.txt", "sequences": 64, "length": 256}
+    # and all texts where every model must read the same
+    together = bench._recipe("zipit", settings.published(CONFIG, "zipit"), 0, 16)
+    texts = {"files": ["french.train.txt", "maths.train.txt"], "sequences": 32, "length": 256}
+    assert [entry["data"] for entry in together["models"]] == [texts, texts]
     assert "statistics" not in bench._recipe("linear", settings.published(CONFIG, "linear"), 0, None)["models"][0]
 
 
