@@ -73,6 +73,28 @@ BAD: dict[str, tuple[str, Change, str]] = {
         lambda folder, about: about["files"].append(about["files"][0]),
         "files: 'statistics-00001-of-00004.safetensors' is named twice",
     ),
+    "a sum twice": (
+        "regmean",
+        lambda folder, about: about["files"].append(
+            shutil.copy(folder / about["files"][0], folder / "more.safetensors").name
+        ),
+        "is in statistics-00001-of-00004.safetensors and in more.safetensors; calibrate again",
+    ),
+    "an axis that is not there": (
+        "regmean",
+        lambda folder, about: [own.update(axis=7) for own in about["tensors"].values()],
+        "takes its inputs along axis 7, which is none of its last two; calibrate this model",
+    ),
+    "two halves": (
+        "regmean",
+        _sums("gram/", lambda own: torch.triu(own, 1) + torch.diag(own.diagonal())),
+        "has two halves that differ, which no Gram matrix has; calibrate again",
+    ),
+    "no squares": (
+        "regmean",
+        _sums("gram/", lambda own: torch.full_like(own, float(own.diagonal().max())).fill_diagonal_(1e-3)),
+        "has entries beyond the root of their squares, which no Gram matrix has; calibrate again",
+    ),
     "NaN": ("regmean", _sums("gram/", lambda own: own * float("nan")), "holds NaN or infinity; calibrate again"),
     "infinity": ("fisher", _sums("fisher/", lambda own: own / 0), "holds NaN or infinity; calibrate again"),
     "negative squares": ("regmean", _sums("gram/", torch.neg), "which no sum of such values can be; calibrate again"),
@@ -108,13 +130,44 @@ def test_damaged_statistics_end_in_one_message(kind: str, folder: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["no parts", "model is a text", "no hash", "predictions"])
+@pytest.mark.parametrize("kind", ["no parts", "model is a text", "no hash", "predictions", "NaN", "two halves"])
 def test_damaged_statistics_are_not_added(kind: str, folder: Path, tmp_path: Path) -> None:
     _, change, message = BAD[kind]
     shutil.copytree(folder / "of-one", tmp_path / "given")
     about = json.loads((tmp_path / "given" / "statistics.json").read_text())
+    # as if of other data, which could be added
+    about["parts"][0]["seed"] = 1
     change(tmp_path / "given", about)
     (tmp_path / "given" / "statistics.json").write_text(json.dumps(about))
     with pytest.raises(MergeError, match=re.escape(message)):
         merganser.add_statistics([folder / "of-two", tmp_path / "given"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+@pytest.mark.parametrize(("change", "merges"), [(_said(inputs="prefix", merge="0" * 32), False), (_said(), True)])
+def test_statistics_of_one_merge_are_not_added(change: Change, merges: bool, folder: Path, tmp_path: Path) -> None:
+    """What was measured within a merge depends on all its data, so it is no part of another sum."""
+    for name in ("given", "other"):
+        shutil.copytree(folder / "of-one", tmp_path / name)
+    file = tmp_path / "given" / "statistics.json"
+    about = json.loads(file.read_text())
+    about["parts"][0]["seed"] = 1
+    change(tmp_path / "given", about)
+    file.write_text(json.dumps(about))
+    given = [tmp_path / "other", tmp_path / "given"]
+    if merges:
+        assert merganser.add_statistics(given, tmp_path / "out").tensors
+        return
+    with pytest.raises(
+        MergeError, match="given: was measured within one merge and belongs to its data; only statistics"
+    ):
+        merganser.add_statistics(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sums_in_sixteen_bits_are_gram_matrices(folder: Path, tmp_path: Path) -> None:
+    """Others may store them so, to send less; rounding is no damage."""
+    shutil.copytree(folder / "of-one", tmp_path / "given")
+    _sums("gram/", torch.Tensor.bfloat16)(tmp_path / "given", {})
+    models = [{"model": str(folder / "one"), "statistics": str(tmp_path / "given")}]
+    merganser.merge({"merge_method": "regmean", "base_model": str(folder / "base"), "models": models}, tmp_path / "out")

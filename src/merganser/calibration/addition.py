@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import Reader, TensorInfo
 from ..errors import DataError
-from ..statistics import LOSSES, Statistics, open_statistics
+from ..statistics import LOSSES, Statistics, check_values, open_statistics
 from .preparation import fingerprint
 from .target import Target
 from .writer import Sum, write_about, write_sums
@@ -37,12 +37,14 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
         out: The folder to write; it must not exist.
 
     Raises:
-        DataError: The statistics are of different models or kinds, or two are of the same data.
+        DataError: The statistics are of different models or kinds, or within a merge, damaged, or two are of the same data.
         OutputError: `out` exists or cannot be written.
     """
     parts = [open_statistics(folder) for folder in folders]
     if len(parts) < 2:
         raise DataError(f"adding statistics: needs two or more folders, found {len(parts)}")
+    for part in parts:
+        _check_own(part)
     first = parts[0]
     for part in parts[1:]:
         _check_alike(first, part)
@@ -75,6 +77,7 @@ def _shape(name: str, parts: Sequence[Statistics]) -> tuple[int, ...]:
 def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
     def read(info: TensorInfo) -> Tensor:
         tensor = reader.tensor(info)
+        check_values(info, tensor)
         return tensor.double() if tensor.is_floating_point() else tensor
 
     # they are per sequence, so there is nothing to add
@@ -84,6 +87,19 @@ def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
     for part in parts[1:]:
         total += read(part.sums[name])
     return total
+
+
+def _check_own(part: Statistics) -> None:
+    """Check that they are of a model alone, and not of what it computes within one merge, whose data cannot grow.
+
+    Raises:
+        DataError: They belong to a merge.
+    """
+    if part.inputs != "own" or part.merge is not None:
+        raise DataError(
+            f"{part.path}: was measured within one merge and belongs to its data; only statistics of a model alone can be "
+            "added: merganser calibrate writes them"
+        )
 
 
 def _check_alike(first: Statistics, other: Statistics) -> None:

@@ -17,6 +17,7 @@ from .document.place import Entry, Node, Place
 from .document.reading import MAX_BYTES, read_text, shown_path
 from .document.scalar import CONTROL, shown
 from .fields.align import read_align
+from .fields.data import NO_SOURCE, names_source
 from .fields.gguf import read_gguf_key
 from .fields.templates import AUTO, CHAT_TEMPLATES
 from .fields.tokens import read_token_rules
@@ -225,7 +226,22 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     if "align" in fields:
         align = read_align(fields["align"], recipe.references(), reader.reference, reader.common)
         recipe = replace(recipe, align=align)
+    _check_data(recipe, fields, reader)
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
+
+
+def _check_data(recipe: Recipe, fields: Mapping[str, Entry], reader: PartReader) -> None:
+    """Refuse settings of data where no text is named.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if reader.common is None or names_source(reader.common) or (recipe.align and recipe.align.data):
+        return
+    sources = [*recipe.models, *(source for piece in recipe.slices for source in piece.sources)]
+    # where every model has statistics, the whole key is in vain, which is refused with the method
+    if not any(source.data for source in sources) and not all(source.statistics for source in sources):
+        raise fields["data"].error(NO_SOURCE)
 
 
 def _modules_and_slices(

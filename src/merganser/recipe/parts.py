@@ -9,7 +9,7 @@ from typing import cast
 from ..errors import RecipeError
 from .document.place import Entry, Node
 from .document.scalar import MAX_INTEGER, shown
-from .fields.data import Data, make_data, read_data_fields
+from .fields.data import Data, make_data, names_source, read_data_fields
 from .fields.reference import ModelReference
 from .fields.setting import Setting
 from .keys import MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS
@@ -93,6 +93,9 @@ class PartReader:
         if entry is None:
             return None, None
         own = read_data_fields(fields["data"]) if "data" in fields else None
+        if own is None and not names_source(self.common or {}):
+            # settings for all models name no text: of this model the method may need none (the merge that aim changes)
+            return None, None
         return None, make_data(entry, self.common, own)
 
     def reference(self, entry: Entry) -> ModelReference:

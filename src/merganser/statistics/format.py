@@ -278,7 +278,12 @@ def _open(path: Path, about: Mapping[str, Any], entry: Entry) -> Statistics:
         if name in files[:number]:
             raise DataError(f"{file}: files: {name!r} is named twice")
         infos, _ = read_header(path / name)
-        sums.update((info.name, info) for info in infos)
+        for info in infos:
+            if info.name in sums:
+                raise DataError(
+                    f"{file}: {info.name!r} is in {sums[info.name].file.name} and in {name}; calibrate again"
+                )
+            sums[info.name] = info
     needed = [
         (statistic, name, own.stored)
         for name, own in tensors.items()
@@ -337,6 +342,8 @@ def _check_kind(info: TensorInfo) -> None:
 
 _NEVER_NEGATIVE = ("magnitude", "second_moment", "fisher", "absolute_gradient")
 _SQUARES_ON_DIAGONAL = ("gram", "gradient_gram")
+# rows at a time, and how far a Gram matrix may be from what one can be: sums that were stored in 16 bits are rounded
+_PANEL, _ROUNDING = 64, 1e-2
 
 
 def check_values(info: TensorInfo, values: Tensor) -> None:
@@ -347,7 +354,7 @@ def check_values(info: TensorInfo, values: Tensor) -> None:
         values: Its values, or some of them.
 
     Raises:
-        DataError: They are not finite, or less than 0 where that cannot be.
+        DataError: They are not finite, less than 0 where that cannot be, or no Gram matrix where one is expected.
     """
     if not values.numel():
         return
@@ -364,6 +371,26 @@ def check_values(info: TensorInfo, values: Tensor) -> None:
         raise DataError(
             f"{info.file}: {info.name} holds {least:.4g}, which no sum of such values can be; calibrate again"
         )
+    if statistic in _SQUARES_ON_DIAGONAL and values.dim() > 1:
+        for matrix in values.unsqueeze(0).flatten(0, -3):
+            _check_gram(info, matrix)
+
+
+def _check_gram(info: TensorInfo, matrix: Tensor) -> None:
+    """Check a panel of rows at a time that entries are symmetric, and at most the root of their two squares.
+
+    Raises:
+        DataError: They are not.
+    """
+    roots = matrix.diagonal().double().sqrt()
+    for start in range(0, len(matrix), _PANEL):
+        rows, most = matrix[start : start + _PANEL].double(), roots[start : start + _PANEL, None] * roots
+        # and entries that no 16 bits can tell from 0 beside the largest
+        slack = _ROUNDING * most + 1e-6 * float(roots.max()) ** 2
+        beyond = rows.abs() - most > slack
+        if beyond.any() or ((rows - matrix[:, start : start + _PANEL].T).abs() > slack).any():
+            what = "entries beyond the root of their squares" if beyond.any() else "two halves that differ"
+            raise DataError(f"{info.file}: {info.name} has {what}, which no Gram matrix has; calibrate again")
 
 
 def _check_complete(file: Path, needed: Sequence[tuple[str, str, str]], sums: Mapping[str, TensorInfo]) -> None:

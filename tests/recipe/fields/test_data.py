@@ -228,3 +228,11 @@ def test_what_is_wanted() -> None:
         ("own", "w/math", ("b.txt",)),
     ]
     assert {each.statistics for each in found} == {("gram",)}
+
+
+def test_options_for_all_ask_nothing_of_models_without_text() -> None:
+    """AIM takes statistics of its base alone, so the merge that it changes needs no text."""
+    head = "merge_method: aim\nbase_model: base\nparameters: {omega: 0.4}\ndata: {length: 32}\n"
+    recipe = load_recipe(f"{head}models: [{{model: base, data: a.txt}}, {{model: a}}]\n")
+    assert [None if own.data is None else own.data.choice for own in recipe.models] == [Choice(None, 32), None]
+    assert [(each.model, each.data.choice.length) for each in wanted_by(recipe)] == [("base", 32)]

@@ -77,8 +77,8 @@ class DataOfModels:
             for source, tensor, given in zip(self.sources, tensors, has, strict=True):
                 if not given:
                     raise RecipeError(
-                        f"{source.place}: its statistics have no entry for {tensor.name}, other models' do; calibrate all "
-                        "models with the same version of merganser"
+                        f"{source.place}: its statistics have no entry for {tensor.name}, but other models' have one; calibrate "
+                        "all models with the same version of merganser"
                     )
             axes = self._axes(folders, tensors)
             turned = turned or axes == {len(models[0].shape) - 2}
@@ -139,11 +139,19 @@ class DataOfModels:
         """Return the axis along which a matrix takes its inputs; empty for a tensor that is not a matrix."""
         axes: set[int] = set()
         for folder, source, tensor in zip(folders, self.sources, tensors, strict=True):
-            axes |= {folder.tensors[tensor.name].axis} if tensor.name in folder.tensors else set()
+            if tensor.name not in folder.tensors:
+                continue
+            axis = folder.tensors[tensor.name].axis
+            if len(tensor.shape) - axis not in (1, 2):
+                raise RecipeError(
+                    f"{source.place}: its statistics are damaged: {tensor.name} {list(tensor.shape)} takes its inputs along "
+                    f"axis {axis}, which is none of its last two; calibrate this model"
+                )
+            axes |= {axis}
             if len(axes) > 1:
                 raise RecipeError(
-                    f"{source.place}: its statistics count inputs along another axis of {tensor.name}, other models' do; "
-                    "calibrate all models with the same version of merganser"
+                    f"{source.place}: its statistics have the inputs of {tensor.name} along another axis than other models' "
+                    "do; calibrate all models with the same version of merganser"
                 )
         return axes
 

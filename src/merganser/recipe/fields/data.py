@@ -8,7 +8,7 @@ from typing import Any
 from ...statistics.choice import BATCH_TOKENS, COUNTED, LABELS, Choice, Dataset
 from ..document.place import Entry, Place
 
-__all__ = ["DATA_KEYS", "Data", "DataFields", "make_data", "read_data_fields"]
+__all__ = ["DATA_KEYS", "NO_SOURCE", "Data", "DataFields", "make_data", "names_source", "read_data_fields"]
 
 DATA_KEYS = ("files", "dataset", "subset", "split", "sequences", "length", "seed", "tokens", "labels", "batch_tokens")
 _OF_DATASETS = ("subset", "split")
@@ -16,6 +16,8 @@ _SOURCES = ("files", "dataset", *_OF_DATASETS)
 
 DataFields = dict[str, Any]
 """Values of some of the keys, by key."""
+
+NO_SOURCE = "names neither files nor a dataset; give one, here or for each model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ def read_data_fields(entry: Entry) -> DataFields:
     return found
 
 
+def names_source(fields: DataFields) -> bool:
+    """Return whether they name files or a data set, and not only how these are used."""
+    return "files" in fields or "dataset" in fields
+
+
 def make_data(entry: Entry, common: DataFields | None, own: DataFields | None) -> Data:
     """Return the data of one model.
 
@@ -82,7 +89,7 @@ def make_data(entry: Entry, common: DataFields | None, own: DataFields | None) -
         RecipeError: Neither names files or a data set.
     """
     given = dict(common or {})
-    if own and ("files" in own or "dataset" in own):
+    if own and names_source(own):
         given = {key: value for key, value in given.items() if key not in _SOURCES}
     elif own and "files" in given and any(key in own for key in _OF_DATASETS):
         raise entry.error("subset and split are for a dataset, and the data for all models are files")
@@ -96,7 +103,7 @@ def make_data(entry: Entry, common: DataFields | None, own: DataFields | None) -
             raise entry.error(f"names {twice} twice; give each file once")
         source = files
     else:
-        raise entry.error("names neither files nor a dataset; give one, here or for each model")
+        raise entry.error(NO_SOURCE)
     choice = Choice(given.get("sequences"), given.get("length"), given.get("seed", 0), given.get("tokens", COUNTED[0]))
     return Data(
         source, choice, given.get("batch_tokens", BATCH_TOKENS), entry.place, own is not None, given.get("labels")
