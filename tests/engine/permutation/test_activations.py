@@ -19,6 +19,7 @@ import merganser
 from merganser.anatomy import infer_anatomy
 from merganser.anatomy.symmetry import UNITS, find_units
 from merganser.calibration.matching import run as matching
+from merganser.calibration.matching import sums
 from merganser.calibration.matching.sums import Correlation, Feature
 from merganser.engine.merge import merge
 from merganser.engine.planner.planner import build_plan
@@ -172,6 +173,20 @@ def test_a_constant_feature_and_a_large_mean() -> None:
     np.testing.assert_allclose(found[:, [0, 2]], expected, rtol=0, atol=1e-4)
     assert torch.equal(found[:, 1], torch.zeros(3))
     assert torch.equal(Correlation(Feature("units", "down", 2, 0, 1)).result(), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("panel", [2, 512])
+def test_units_compared_with_themselves_have_the_correlations_of_two_equal_models(
+    panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "_PANEL", panel)
+    feature = Feature("units", "down", 5, 1, 2)
+    both, own = Correlation(feature), Correlation(feature)
+    for seed in range(2):
+        rows = torch.randn(40, 11, generator=torch.Generator().manual_seed(seed))
+        both.add(rows, rows)
+        own.add_own(rows)
+    torch.testing.assert_close(own.result(), both.result(), rtol=0, atol=1e-6)
 
 
 def test_the_plan_says_what_comparing_takes(zoo: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ __all__ = ["Correlation", "Feature", "features", "units_of"]
 
 # a feature whose variance is below this share of its squared mean is constant, up to the rounding of float32
 _CONSTANT = 1e-13
+# units whose products with all that follow are computed at once, where units are compared with themselves
+_PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Correlation:
         self.size = feature.size
         n, width = feature.size, feature.width
         self._count = 0
+        self._half = False
         self._shifts: list[Tensor] = []
         self._sums = torch.zeros(2, width, n, dtype=torch.float64)
         self._squares = torch.zeros(2, width, n, dtype=torch.float64)
@@ -107,6 +110,30 @@ class Correlation:
         self._squares += torch.stack([first.square().sum(1), second.square().sum(1)])
         self._products += first.transpose(1, 2) @ second
 
+    def add_own(self, rows: Tensor) -> None:
+        """Add some tokens where the units are compared with themselves: what the matrix receives, shape [tokens, features].
+
+        Each product of two units is computed once. Not to be mixed with `add`.
+        """
+        given = self._rows(rows)
+        if not self._shifts:
+            self._shifts = [given.mean(1, keepdim=True)] * 2
+        given = given - self._shifts[0]
+        self._count += given.shape[1]
+        self._sums += given.sum(1)
+        self._squares += given.square().sum(1)
+        turned = given.transpose(1, 2)
+        for start in range(0, self.size, _PANEL):
+            self._products[:, start : start + _PANEL, start:] += turned[:, start : start + _PANEL] @ given[:, :, start:]
+        self._half = True
+
+    def _mirror(self) -> None:
+        """Fill in the products that `add_own` left out."""
+        for start in range(0, self.size, _PANEL):
+            right = self._products[:, start : start + _PANEL, start + _PANEL :]
+            self._products[:, start + _PANEL :, start : start + _PANEL] = right.transpose(1, 2)
+        self._half = False
+
     def _rows(self, rows: Tensor) -> Tensor:
         """Return the features of a batch, float32, shape [width, tokens, units]."""
         own = self._feature
@@ -118,6 +145,8 @@ class Correlation:
 
         A feature that is the same for all tokens has the correlation 0 with every other.
         """
+        if self._half:
+            self._mirror()
         count = max(self._count, 1)
         mean = self._sums / count
         variance = self._squares / count - mean.square()

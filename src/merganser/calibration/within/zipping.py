@@ -52,7 +52,7 @@ class Zipper:
         for name, own in self._sums.items():
             feature = self.places[name]
             rows = torch.cat([each[name][:, feature.start : feature.start + feature.size] for each in seen], 1)
-            own.add(rows, rows)
+            own.add_own(rows)
             self._tokens += len(rows)
 
     def result(self, alpha: float, beta: float) -> list[list[Tapped]]:
