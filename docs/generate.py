@@ -110,11 +110,7 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["## Use when", "", doc.sections["Use when"], "", "## Parameters", ""]
     lines += parameter_table(method)
     lines += ["", f"Takes {method.models_text()}."]
-    if method.from_data:
-        needed = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-        of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
-        when = "" if method.data_inputs == "own" else ", measured [within the merge](../calibrate.md#within-a-merge)"
-        lines += ["", f"Needs of {of} the [statistics from data](../calibrate.md) `{needed}`{when}."]
+    lines += needs_from_data(method)
     if method.sidecar is not None:
         lines += ["", "Stores what restores each model: see [sidecars](../sidecars.md)."]
     if method.ignored:
@@ -177,6 +173,36 @@ def parameter_table(method) -> list[str]:
     return lines
 
 
+def needs_from_data(method) -> list[str]:
+    """Say which statistics from data a method takes, and how a recipe gives them."""
+    own = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
+    own += [each.measured for each in method.numbers.values()]
+    of_base = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
+    whose = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
+    found = [(own, whose), (of_base, "the base on the data of every model")]
+    needed = [f"of {of} `{', '.join(dict.fromkeys(names))}`" for names, of in found if names]
+    if not needed:
+        return []
+    takes = "Needs" if needs_text(method) else "Takes, if they are given,"
+    said = f"{takes} [statistics from data](../calibrate.md): {', and '.join(needed)}"
+    if method.data_inputs != "own":
+        return [
+            "",
+            f"{said}, measured [within the merge](../calibrate.md#within-a-merge) on the recipe's [`data`](../recipes.md#data).",
+        ]
+    folders = ["`statistics`"] * bool(own) + ["`base_statistics`"] * bool(of_base)
+    return [
+        "",
+        f"{said}. The merge makes them from the text that the recipe names as [`data`](../recipes.md#data); or name folders that "
+        f"`merganser calibrate` wrote, as {' and '.join(folders)}.",
+    ]
+
+
+def needs_text(method) -> bool:
+    """Return whether a recipe of the method must name text or statistics."""
+    return bool(method.from_data) or any(not own.optional for own in method.numbers.values())
+
+
 def example(method) -> str:
     """Make a recipe that runs, with every required parameter."""
     needs_base = method.base == "required"
@@ -184,14 +210,14 @@ def example(method) -> str:
     count = max(method.min_models, min(2, method.max_models or 2))
     # models that are compared token by token read the same text
     together = method.data_inputs in ("mean", "zipped")
-    if method.from_data and method.data_of == "base":
-        lines += ["  - model: path/to/base", "    statistics: path/to/statistics"]
+    needs = needs_text(method)
+    if needs and method.data_of == "base":
+        lines += ["  - model: path/to/base", "    data: path/to/text.txt"]
     for i in range(count):
         kind = "adapter" if method.scope == "factors" else "expert"
         lines.append(f"  - model: path/to/{kind}-{'abcdefgh'[i]}")
-        if method.from_data and not together and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
-            key, name = ("statistics", "statistics-{}") if method.data_inputs == "own" else ("data", "text-{}.txt")
-            lines.append(f"    {key}: path/to/{name.format('abcdefgh'[i])}")
+        if needs and not together and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
+            lines.append(f"    data: path/to/text-{'abcdefgh'[i]}.txt")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:
             lines.append("    parameters:")

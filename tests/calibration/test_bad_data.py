@@ -220,6 +220,9 @@ def test_an_encoder_decoder_needs_pairs(tmp_path: Path) -> None:
         DataError, match=r"d.jsonl:1: the model is an encoder-decoder, which needs prompt and completion"
     ):
         merganser.calibrate(folder, _lines(GOOD)(tmp_path), tmp_path / "out")
+    pairs = _lines({"prompt": "a cat", "completion": "sat"})(tmp_path)
+    with pytest.raises(DataError, match="tokens: of an encoder-decoder every token counts, those of the prompt too"):
+        merganser.calibrate(folder, pairs, tmp_path / "out", tokens="completions")
 
 
 def test_bad_models_and_targets_end_in_one_message(model: Path, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ class _Cutter:
         self._length = length
         self._all = tokens == "all"
         self._config = config
+        if config.is_encoder_decoder and not self._all:
+            # the completion depends on the encoder's result for every token of the prompt
+            raise DataError(
+                "tokens: of an encoder-decoder every token counts, those of the prompt too; leave completions out"
+            )
         plain, whole = tokenizer.ids("a"), tokenizer.encoder("a")["input_ids"]
         self._suffix = tuple(whole[len(tokenizer.prefix) + len(plain) :])
         if len(tokenizer.prefix) + len(self._suffix) >= length:
@@ -129,7 +134,6 @@ class _Cutter:
         room = length - len(self._tokenizer.prefix) - len(self._suffix)
         prompt = (*self._tokenizer.prefix, *self._tokenizer.ids(record.prompt)[:room], *self._suffix)
         completion = (self._config.decoder_start_token_id, *self._tokenizer.ids(record.completion)[: length - 1])
-        # all tokens of the prompt count, since the completion depends on the encoder's result for each
         return Sample(tuple(Tokens(ids, (True,) * len(ids)) for ids in (prompt, completion)), record.where)
 
 
