@@ -22,6 +22,7 @@ __all__ = [
     "size_text",
     "some",
     "time_text",
+    "unique_names",
 ]
 
 # control characters (C0, DEL, C1), zero-width characters, changes of the writing direction, Unicode line separators,
@@ -129,7 +130,15 @@ def default_names(references: Sequence[str]) -> list[str]:
     Args:
         references: Distinct references to models: paths, Hub ids and the like.
     """
-    parts = [_parts(reference) for reference in references]
+    return unique_names([_parts(reference) for reference in references])
+
+
+def unique_names(parts: Sequence[Sequence[str]]) -> list[str]:
+    """Return the last part of each path, with as many parent parts as make it unique.
+
+    Args:
+        parts: The parts of each path, one or more.
+    """
     names = [each[-1] for each in parts]
     for count in range(2, max(map(len, parts), default=0) + 1):
         twice = {name for name in names if names.count(name) > 1}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merganser
+from merganser.adapters import published_name
 from merganser.calibration import run
 from merganser.calibration.forward import stream
 from merganser.calibration.preparation import prepare
@@ -173,6 +174,36 @@ def test_encoder_and_decoder_are_seen_with_their_own_tokens(tmp_path: Path) -> N
             inputs = torch.cat(rows[name])
             assert found.read(reader, "count", name).item() == len(inputs)
             torch.testing.assert_close(found.read(reader, "gram", name), gram([inputs]).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_description_names_no_path_of_this_machine(tmp_path: Path) -> None:
+    found = run.calibrate(_model(tmp_path / "anna" / "mine"), _texts(tmp_path / "anna" / "a.jsonl"), tmp_path / "out")
+    text = (found.path / "statistics.json").read_text()
+    assert found.about["model"]["reference"] == "mine"
+    assert found.about["parts"][0]["data"][0]["file"] == "a.jsonl"
+    assert "anna" not in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("org/model", "org/model"),
+        ("org/model@v1+org/adapter", "org/model@v1+org/adapter"),
+        ("{folder}/mine", "mine"),
+        ("{folder}/mine+org/adapter", "mine+org/adapter"),
+        ("{folder}/mine+{folder}/mine", "mine+mine"),
+        ("{folder}/mine#task", "mine#task"),
+        ("~/mine", "mine"),
+        ("mine", "mine"),
+    ],
+)
+def test_names_of_models_in_descriptions(
+    reference: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "anna" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "anna")
+    assert published_name(reference.format(folder=tmp_path / "anna")) == expected
 
 
 def test_matrices_with_the_same_input_share_a_gram(tmp_path: Path) -> None:

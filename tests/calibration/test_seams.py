@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from merganser.calibration.seams import heal, inspect_seams
 from merganser.calibration.seams.fit import RIDGES, Sums
 from merganser.calibration.seams.places import find_pieces, find_seams
 from merganser.engine.merge import merge
+from merganser.errors import OutputError
 from merganser.record import verify
 from tests.calibration.merging import LENGTH, Family, make_family
 from tests.cli.tiny import run
+from tests.engine.interrupting import die, in_a_process
 from tests.evaluation.tiny import text
 
 Slices = list[list[tuple[str, int, int]]]
@@ -197,6 +200,31 @@ def test_what_cannot_be_fitted_is_said(tmp_path: Path) -> None:
     found = heal(out, family.data, tmp_path / "healed", length=LENGTH)
     assert set(found.skipped.values()) == {"the product of its last matrix is not simply added to what it passes on"}
     assert found.out is None
+
+
+def _heal_and_die(stack: Path, data: list[Path], out: Path) -> None:
+    def told(done: int, blocks: int) -> None:
+        if done > blocks // 2:
+            die()
+
+    heal(stack, data, out, length=LENGTH, progress=told)
+
+
+def test_what_a_killed_healing_leaves_goes_with_the_next(llama: Family, tmp_path: Path) -> None:
+    a = llama.models[0]
+    stack = stacked(tmp_path, (a, 0, 2), (a, 3, 4))
+    process = in_a_process(_heal_and_die, stack, llama.data[:1], tmp_path / "healed")
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    left = tmp_path / ".healed.healing"
+    assert {path.name for path in left.iterdir()} == {".merganser", "work"}
+    assert any((left / "work").rglob("*.bin"))
+    (left / "mine").touch()
+    with pytest.raises(OutputError, match="mine"):
+        heal(stack, llama.data[:1], tmp_path / "healed", length=LENGTH)
+    (left / "mine").unlink()
+    heal(stack, llama.data[:1], tmp_path / "healed", length=LENGTH)
+    assert {path.name for path in tmp_path.iterdir()} <= {"stack", "healed"}
 
 
 def _whole(root: Path, family: Family) -> list[Any]:

@@ -441,7 +441,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     refused(DataError, "rank command: 'a \"': no closing quotation", rank_command='a "')
     refused(DataError, "rank command: nowhere-xyz: cannot be run: no such file", rank_command="nowhere-xyz")
     refused(
-        CheckpointError, r"plain: is no reward model: config.json says LlamaForCausalLM", ranker=str(folder / "plain")
+        CheckpointError,
+        r"plain: is not a reward model: config.json says LlamaForCausalLM",
+        ranker=str(folder / "plain"),
     )
     make_reward_model(tmp_path / "three", num_labels=3)
     refused(

@@ -200,9 +200,9 @@ def shard(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], Non
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no description": (lambda f: (f / "logits.json").unlink(), "is no logit cache (no logits.json); merganser fuse"),
+    "no description": (lambda f: (f / "logits.json").unlink(), "is not a logit cache (no logits.json); merganser fuse"),
     "no JSON": (lambda f: (f / "logits.json").write_text("{"), "logits.json: "),
-    "another kind": (edit(lambda a: a.update(kind="x")), "is no description of a logit cache"),
+    "another kind": (edit(lambda a: a.update(kind="x")), "is not a description of a logit cache"),
     "another version": (edit(lambda a: a.update(format=9)), "has format 9, this version reads 3"),
     "no vocabulary": (edit(lambda a: a.pop("vocabulary")), "logits.json: has no 'vocabulary'"),
     "no k": (edit(lambda a: a.pop("k")), "logits.json: has no 'k'"),

@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a dtype": ({"training": {"dtype": "bf16"}}, "'bf16' is not known. Did you mean 'bfloat16'?"),
     "weight decay": ({"training": {"weight_decay": -1}}, "expected a number of at least 0, got -1"),
     "no rank": ({"lora": {"alpha": 3}}, "lora: 'rank' is missing"),
-    "held-out files": ({"held_out": {"a": "a.parquet"}}, "held_out: a: 'a.parquet' is no text"),
+    "held-out files": ({"held_out": {"a": "a.parquet"}}, "held_out: a: 'a.parquet' is not text"),
     "nothing held out": ({"held_out": {}}, "held_out: names no text"),
     "windows": ({"held_out_windows": 0}, "held_out_windows: expected a whole number of at least 1"),
 }

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundEr
 from merganser.checkpoint import folder as opening
 from merganser.engine.merge import merge
 from merganser.publishing import hub
+from merganser.publishing.places import hide
 from merganser.record import verify
 from tests.cli.tiny import linear, names, run, state, write
 from tests.making import read_json
@@ -135,6 +136,50 @@ def test_licences_that_differ_or_are_not_known(out: Path, api: Api) -> None:
     assert found.err == (
         "warning: the licence of own, org/theirs is not known: find out whether it allows a merge to be published\n"
     )
+
+
+def test_no_path_of_this_machine_is_uploaded(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the card, the record, the index of sidecars and the config of an adapter; what is uploaded can be verified."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    places = [tmp_path / "home" / "anna" / name for name in ("x/base", "x/tune", 'y/tüne "2"')]
+    for seed, place in enumerate(places):
+        place.mkdir(parents=True)
+        write(place, state(seed))
+    base, *models = map(str, places)
+    recipe = {"merge_method": "tall_masks", "base_model": base, "models": [{"model": own} for own in models]}
+    noted = f"# as in {tmp_path}/home/anna/notes\n{yaml.safe_dump(recipe, allow_unicode=True)}"
+    (tmp_path / "recipe.yaml").write_text(noted)
+    out = merge(str(tmp_path / "recipe.yaml"), tmp_path / "out").out
+    before = {name: (out / name).read_bytes() for name in names(out) if (out / name).is_file()}
+    assert str(tmp_path).encode() in before["merge.json"]
+    found = run("push", out, "me/merged", "--yes", "--json")
+    assert found.code == 0, found.err
+    assert found.json["changed"] == ["sidecars/index.json"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    (commit,) = api.commits
+    copy = tmp_path / "downloaded"
+    for name, data in commit.items():
+        content = data if isinstance(data, bytes) else data.read_bytes()
+        if not name.endswith(".safetensors"):
+            assert str(tmp_path) not in content.decode(), name
+            assert "anna" not in content.decode().replace("~/anna/notes", ""), name
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    assert verify(copy).ok
+    record = read_json(copy, "merge.json")
+    assert record["models"] == ["base", "tune", 'tüne "2"']
+    assert [entry["path"] for entry in record["inputs"]] == [f"{own}/model.safetensors" for own in record["models"]]
+    loaded = yaml.safe_load(record["recipe"])
+    assert [own["model"] for own in loaded["models"]] == ["tune", 'tüne "2"']
+    assert read_json(copy / "sidecars", "index.json")["base"]["path"] == "base"
+
+
+def test_what_replaces_a_path() -> None:
+    hidden = hide(["/a/x/base", "/a/x/base/model.safetensors", "/b/base", "/a/tune"])
+    text = "/a/x/base+/a/tune /b/base /a/x/base-2 base.safetensors"
+    assert hidden(text) == "x/base+tune b/base x/base-2 base.safetensors"
+    assert hidden("/a/x/base/model.safetensors") == "x/base/model.safetensors"
+    assert hide([])(text) == text
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -122,7 +122,7 @@ def test_damaged_router(out, damage):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "is no router"),
+        ({}, "is not a router"),
         ({"format": "9"}, "later version"),
         ({"format": "1", "tasks": '["a"]'}, "is for the tasks"),
         ({"format": "1", "tasks": '["a", "b"]', "shared": "x"}, "another shared model"),

@@ -104,7 +104,7 @@ def test_states_that_do_not_fit(
     [
         ({"parts": ("v_task", "vision")}, None),
         ({"parts": ("vision", "eyes")}, "no tensor has 'vision' or 'eyes' in its name"),
-        ({"parts": ("norm",)}, r"head.norm.weight is no matrix: its shape is \[8\]"),
+        ({"parts": ("norm",)}, r"head.norm.weight is not a matrix: its shape is \[8\]"),
         ({"parts": ("v_action",), "of": "change"}, "no task changes head.v_action.weight"),
         ({}, r"and there is no such tensor; name the weights that are to be read: parts"),
         ({"parts": "v_proj"}, "parts: must be a list of texts"),

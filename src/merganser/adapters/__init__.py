@@ -7,7 +7,7 @@ with checkpoint.reader() as reader:
 
 from .adapter import Adapter, LowRank, is_adapter, open_adapter
 from .apply import with_adapter
-from .open import open_model, open_reference, split_reference
+from .open import open_model, open_reference, published_name, split_reference
 
 __all__ = [
     "Adapter",
@@ -16,6 +16,7 @@ __all__ = [
     "open_adapter",
     "open_model",
     "open_reference",
+    "published_name",
     "split_reference",
     "with_adapter",
 ]

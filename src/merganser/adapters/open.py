@@ -16,7 +16,7 @@ from .apply import with_adapter
 if TYPE_CHECKING:
     from ..recipe import ModelReference, Place
 
-__all__ = ["open_model", "open_named", "open_reference", "split_reference"]
+__all__ = ["open_model", "open_named", "open_reference", "published_name", "split_reference"]
 
 
 def open_model(
@@ -56,6 +56,15 @@ def split_reference(text: str) -> tuple[str, str | None]:
         return text, None
     model, plus, adapter = text.rpartition("+")
     return (model, adapter) if plus and model and adapter else (text, None)
+
+
+def published_name(text: str) -> str:
+    """Return a name for a model that says nothing of this machine: of a path the last part, and the id of a Hub model."""
+    parts = [part for part in split_reference(text) if part is not None]
+    paths = [Path(part).expanduser() for part in parts]
+    # of OUT#TASK only OUT exists
+    local = [path.is_absolute() or exists(path) for path in paths]
+    return "+".join(path.resolve().name if own else part for part, path, own in zip(parts, paths, local, strict=True))
 
 
 def open_reference(text: str, *, cache_dir: Path | None = None, stream: bool = False) -> Checkpoint:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
-from ..adapters import open_reference
+from ..adapters import open_reference, published_name
 from ..errors import DataError, UnsupportedError, did_you_mean
 from ..inference.language_model import Tokenizer, open_tokenizer
 from ..inference.stored import Source, open_stored
@@ -115,7 +115,7 @@ class Prepared:
             "format": STATISTICS_FORMAT,
             "merganser": __version__,
             "model": {
-                "reference": self.source.reference,
+                "reference": published_name(self.source.reference),
                 "hash": self.source.hash if hashing else "",
                 "sample": weights_sample(self.skeleton.checkpoint),
                 "architecture": type(self.skeleton.model).__name__,

@@ -17,6 +17,7 @@ from ..errors import UnsupportedError
 from ..statistics import COUNT
 from .data.batches import Batch
 from .forward import internals
+from .forward.experts import ExpertInputs, expert_matrices, expert_modules, observed_experts, router_modules
 from .forward.forward import replaced
 from .forward.skeleton import Block, Skeleton
 from .reducers import REDUCERS, Reducer, products_of
@@ -108,7 +109,7 @@ class Taps:
     def watching(self) -> Iterator[None]:
         """Observe the block's forward within the context."""
         axes = internals.linear_classes()
-        routers = internals.router_modules(self._block.module)
+        routers = router_modules(self._block.module)
         with ExitStack() as stack:
             for name, module in self._block.module.named_modules():
                 axis = next((axis for kind, axis in axes.items() if isinstance(module, kind)), None)
@@ -120,9 +121,9 @@ class Taps:
                     handle = module.register_forward_pre_hook(partial(self._receive, parameter))
                     stack.callback(handle.remove)
             forwards: dict[nn.Module, Callable[..., Any]] = {}
-            for name, module in internals.expert_modules(self._block.module).items():
+            for name, module in expert_modules(self._block.module).items():
                 own = f"{self._block.name}.{name}"
-                forwards[module] = internals.observed_experts(module, partial(self._receive_expert, own))
+                forwards[module] = observed_experts(module, partial(self._receive_expert, own))
                 self._prepare_experts(own, module)
             stack.enter_context(replaced(forwards))
             yield
@@ -158,7 +159,7 @@ class Taps:
 
     def _prepare_experts(self, name: str, module: Any) -> None:
         """Create the sums of all experts, including those that will receive no token."""
-        for own, axis in internals.expert_matrices(module).items():
+        for own, axis in expert_matrices(module).items():
             parameter = f"{name}.{own}"
             experts, width = getattr(module, own).shape[0], getattr(module, own).shape[axis]
             for expert in range(experts):
@@ -168,7 +169,7 @@ class Taps:
             # a checkpoint with one tensor per expert stores matrices of shape [out, in]
             self._axes[parameter] = axis if (parameter, None) in self._sources else 1
 
-    def _receive_expert(self, module: str, inputs: internals.ExpertInputs) -> None:
+    def _receive_expert(self, module: str, inputs: ExpertInputs) -> None:
         assert self._batch is not None
         counted = self._batch.stacks[self._block.stack].counted.flatten()[inputs.tokens]
         self._inputs[f"{module}.{inputs.parameter}", inputs.expert].add(inputs.rows[counted])
@@ -233,7 +234,7 @@ def check_inputs(skeleton: Skeleton, statistics: Sequence[str]) -> None:
     """
     if not any(name in REDUCERS for name in statistics) or any(any(calls) for calls in skeleton.per_token.values()):
         return
-    if not any(internals.expert_modules(block.module) for block in skeleton.blocks):
+    if not any(expert_modules(block.module) for block in skeleton.blocks):
         raise UnsupportedError(
             f"{skeleton.checkpoint.reference}: {type(skeleton.model).__name__} multiplies by classes of its own, not by linear "
             "layers, so the inputs of its matrices are not seen; only statistics of gradients can be had"

@@ -49,7 +49,8 @@ def push(
         _show(planned, yes=yes, public=public)
     address = upload(planned, private=not public) if yes else None
     if json:
-        say_json({**asdict(planned), "out": str(planned.out), "private": not public, "uploaded": address})
+        told = asdict(planned) | {"out": str(planned.out), "changed": sorted(planned.changed)}
+        say_json({**told, "private": not public, "uploaded": address})
     elif not quiet:
         say(f"uploaded: {address}" if yes else "nothing was uploaded; add --yes to do it")
 

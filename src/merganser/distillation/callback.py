@@ -38,7 +38,7 @@ class MergeCallback(libraries.transformers().TrainerCallback):  # type: ignore[m
         **parameters: Parameters of the method, as in `merge_state_dicts`.
 
     Raises:
-        ParameterError: `every` is no whole number of at least 1, or method, base or parameters are given without a reference.
+        ParameterError: `every` is not a whole number of at least 1, or method, base or parameters are given without a reference.
         UnsupportedError: transformers is not installed.
         TypeError: The reference or the base is neither a module nor a state dict.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import published_name
 from ..calibration.data.batches import Sample, make_batches, padding_token
 from ..calibration.data.data import Record
 from ..calibration.data.samples import first_samples
@@ -101,7 +102,7 @@ def disperse(
         "kind": "merganser clusters",
         "format": 1,
         "merganser": __version__,
-        "model": {"reference": str(model), "hash": source.hash},
+        "model": {"reference": published_name(str(model)), "hash": source.hash},
         "data": [{"file": Path(file.path).name, "hash": file.hash} for file in files],
         "length": choice.length,
         "seed": seed,

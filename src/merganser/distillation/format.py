@@ -156,7 +156,7 @@ class LogitCache:
 
 
 def _check_values(file: Path, found: Mapping[str, Tensor], size: int) -> None:
-    """Refuse sequences that do not fit their tokens, tokens that the source does not have, and what is no probability.
+    """Refuse sequences that do not fit their tokens, tokens that the source does not have, and what is not a probability.
 
     Raises:
         DataError: The shard holds such a thing.
@@ -204,13 +204,13 @@ def open_cache(folder: str | Path) -> LogitCache:
     path = Path(folder).expanduser()
     file = path / CACHE_NAME
     if not file.is_file():
-        kind = "is no logit cache" if path.exists() else "there is no such folder"
+        kind = "is not a logit cache" if path.exists() else "there is no such folder"
         raise DataError(f"{folder}: {kind} (no {CACHE_NAME}); merganser fuse cache writes one")
     try:
         about = read_object(file)
         entry = Entry(about, str(file))
         if entry["kind"].text() != CACHE_KIND:
-            raise DataError(f"{file}: is no description of a logit cache; merganser fuse cache writes one")
+            raise DataError(f"{file}: is not a description of a logit cache; merganser fuse cache writes one")
         if entry["format"].whole() != CACHE_FORMAT:
             raise DataError(
                 f"{file}: has format {about['format']}, this version reads {CACHE_FORMAT}; write the cache again"

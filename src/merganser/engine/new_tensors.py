@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +18,17 @@ from ..errors import OutputError
 from ..jsonfile import os_reason
 from .kernels.assignment import untouched
 from .kernels.blocks import BLOCK
+from .output.failure import failures_of
+from .output.leftovers import discard
+from .output.lock import lock_target
+from .output.ownership import claim, survey
+from .output.staging import resolve_target
 from .plan.tensor import PlannedTensor
 
 __all__ = ["TensorSpool", "copied_from", "folder_beside"]
+
+_WORK = "work"
+"""The folder within the one beside a target, in which everything is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +143,27 @@ def copied_from(
 def folder_beside(target: Path, doing: str) -> Iterator[Path]:
     """Make a folder next to a target, on its disk, which is removed at the end.
 
+    If this run is killed, the next one of the same name removes the folder before it makes its own.
+
     Args:
         target: The target.
         doing: What is done meanwhile, for the folder's name.
 
     Raises:
-        OutputError: It cannot be made.
+        OutputError: It cannot be made, holds what merganser did not write, or another run uses it.
     """
+    target = resolve_target(target)
+    home = target.with_name(f".{target.name}.{doing}")
+    guard = lock_target(target, home.with_name(f"{home.name}.lock"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.{doing}-", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None
-    with folder as name:
-        yield Path(name)
+        with failures_of(target):
+            survey(home).remove()
+            home.mkdir()
+            claim(home, [f"{_WORK}/"])
+            (home / _WORK).mkdir()
+        try:
+            yield home / _WORK
+        finally:
+            discard(home)
+    finally:
+        guard.release()

@@ -19,6 +19,7 @@ from ..wording import some
 from . import hub
 from .card import published_card
 from .licences import InputLicence, common_licence, input_licences
+from .places import changed_texts, hide, places_in
 
 __all__ = ["Push", "PushedFile", "plan_push", "push"]
 
@@ -45,7 +46,8 @@ class Push:
         files: The files, the card and the run record among them.
         left: Files of the folder that the merge did not write; they stay here.
         card: The text of the card.
-        record: The text of the run record, in which the hash of the card is that of this one.
+        record: The text of the run record, with the hashes of the card and of the other changed files.
+        changed: Contents of other files that are uploaded without paths of this machine.
         licence: The licence that it states; None if it states none.
         licences: The inputs with their licences.
         warnings: What to think about before.
@@ -57,6 +59,7 @@ class Push:
     left: Sequence[str]
     card: str
     record: str
+    changed: Mapping[str, bytes]
     licence: str | None
     licences: Sequence[InputLicence]
     warnings: Sequence[str]
@@ -96,10 +99,14 @@ def plan_push(
     record = read_object(out / RECORD_NAME)
     licences = input_licences(record)
     licence = licence or common_licence(licences)
-    card = published_card(_card(out), licences, licence)
-    text = record_text(_with_card(record, card))
-    files = [PushedFile(CARD, len(card.encode()))]
-    files += [PushedFile(each.file, each.bytes) for each in checked.files if each.file != CARD]
+    written = {each.file: each.bytes for each in checked.files if each.file != CARD}
+    places = places_in(out, written, record)
+    hidden = hide(places)
+    changed = changed_texts(out, written, hidden)
+    card = hidden(published_card(_card(out), licences, licence))
+    text = hidden(record_text(_with_changes(record, {CARD: card.encode(), **changed})))
+    sizes = {CARD: len(card.encode()), **written, **{name: len(data) for name, data in changed.items()}}
+    files = [PushedFile(name, size) for name, size in sizes.items()]
     return Push(
         out=out,
         repo=repo,
@@ -107,9 +114,10 @@ def plan_push(
         left=[name for name in checked.beside if name != CARD],
         card=card,
         record=text,
+        changed=changed,
         licence=licence,
         licences=licences,
-        warnings=_warnings(record, licences, licence),
+        warnings=_warnings(places, licences, licence),
     )
 
 
@@ -135,15 +143,17 @@ def push(planned: Push, *, private: bool = True) -> str:
             "them on the Hub, or choose another repository"
         )
     data: dict[str, Path | bytes] = {file.name: planned.out / file.name for file in planned.files}
-    data |= {CARD: planned.card.encode(), RECORD_NAME: planned.record.encode()}
+    data |= {CARD: planned.card.encode(), RECORD_NAME: planned.record.encode(), **planned.changed}
     return hub.upload(planned.repo, data, private=private, message=f"Upload {planned.out.resolve().name}")
 
 
-def _with_card(record: Mapping[str, Any], card: str) -> dict[str, Any]:
-    """Return a run record with another card, so that what is downloaded can be verified."""
-    entry = {"file": CARD, "bytes": len(card.encode()), "sha256": hashlib.sha256(card.encode()).hexdigest()}
-    outputs = [each for each in record["outputs"] if each["file"] != CARD]
-    return {**record, "outputs": [*outputs, entry]}
+def _with_changes(record: Mapping[str, Any], changed: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return a run record with other contents of some files, so that what is downloaded can be verified."""
+    outputs = [each for each in record["outputs"] if each["file"] not in changed]
+    entries = [
+        {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in changed.items()
+    ]
+    return {**record, "outputs": [*outputs, *entries]}
 
 
 def _is_loaded(name: str) -> bool:
@@ -157,7 +167,7 @@ def _card(out: Path) -> str:
         return f"# {out.resolve().name}\n"
 
 
-def _warnings(record: Mapping[str, Any], licences: Sequence[InputLicence], licence: str | None) -> list[str]:
+def _warnings(places: Sequence[str], licences: Sequence[InputLicence], licence: str | None) -> list[str]:
     found = []
     unknown = [each.model for each in licences if each.licence is None]
     if unknown:
@@ -169,7 +179,8 @@ def _warnings(record: Mapping[str, Any], licences: Sequence[InputLicence], licen
         found.append(f"the inputs have different licences ({some(stated, 5)}): all of their terms apply to the merge")
     if licence is None:
         found.append("the card states no licence; give one with --license")
-    paths = [entry["path"] for entry in record.get("inputs") or () if Path(str(entry.get("path"))).is_absolute()]
-    if paths:
-        found.append(f"{RECORD_NAME} and the recipe in the card name paths of this machine, such as {paths[0]}")
+    if places:
+        found.append(
+            f"the files name paths of this machine, such as {places[0]}; the uploaded ones have only their last parts"
+        )
     return found

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from merganser.calibration.data.batches import Batch, Sample, Tokens, make_batches
 from merganser.calibration.forward import internals
+from merganser.calibration.forward.experts import expert_modules
 from merganser.calibration.forward.forward import check_streamable
-from merganser.calibration.forward.internals import expert_modules
 from merganser.calibration.forward.skeleton import Skeleton
 from merganser.calibration.forward.stream import Stream, StreamState
 from merganser.calibration.taps import Taps

@@ -1,4 +1,4 @@
-"""Methods for matrices: what they see, and what becomes of all that is no matrix."""
+"""Methods for matrices: what they see, and what happens to all that is not a matrix."""
 
 from __future__ import annotations
 

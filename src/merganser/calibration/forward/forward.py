@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ...errors import MergeError, NonFiniteError, UnsupportedError
 from ..data.batches import Batch, Padded
-from .internals import TensorReader, linear_classes, router_modules
+from .experts import router_modules
+from .internals import TensorReader, linear_classes
 from .skeleton import Block, Skeleton
 
 __all__ = [

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..forward.internals import expert_matrices, expert_modules, linear_classes
+from ..forward.experts import expert_matrices, expert_modules
+from ..forward.internals import linear_classes
 from ..forward.skeleton import Skeleton
 from ..reverse.parameters import Part
 

@@ -131,14 +131,14 @@ def open_reward_model(reference: str | Path, device: torch.device, *, cache_dir:
         cache_dir: Folder for models from the Hub.
 
     Raises:
-        CheckpointError: It cannot be read, or is no reward model.
+        CheckpointError: It cannot be read, or is not a reward model.
         UnsupportedError: transformers has no model of its type that classifies sequences.
     """
     source = open_stored(reference, cache_dir=cache_dir)
     names = [str(own) for own in source.config.get("architectures") or []]
     if not any(own.endswith(_KIND) for own in names):
         raise CheckpointError(
-            f"{reference}: is no reward model: config.json says {', '.join(names) or 'nothing of its architecture'}, and one "
+            f"{reference}: is not a reward model: config.json says {', '.join(names) or 'nothing of its architecture'}, and one "
             f"that classifies sequences is needed (Llama{_KIND} and the like); any other ranker can be a command"
         )
     config = _config(source)
@@ -176,7 +176,7 @@ class CommandRanker:
         command: The command, as in a shell, but without its signs: no pipes, no variables.
 
     Raises:
-        DataError: It is no command.
+        DataError: It is not a command.
     """
 
     hash = None

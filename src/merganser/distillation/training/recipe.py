@@ -305,7 +305,7 @@ def _held_out(entry: Entry | None) -> dict[str, str]:
         raise entry.error("names no text; give NAME: FILE lines, or leave it out")
     for name, file in found.items():
         if not file.endswith((".txt", ".jsonl")):
-            raise entry.error(f"{name}: {shown(file)} is no text; give a .txt file, or documents (.jsonl)")
+            raise entry.error(f"{name}: {shown(file)} is not text; give a .txt file, or documents (.jsonl)")
     return found
 
 

@@ -71,7 +71,7 @@ def open_student(reference: str, stack: ExitStack, *, cache_dir: Path | None = N
     """Open a checkpoint, or the recipe of a merge, which is merged when its weights are read.
 
     Raises:
-        MergeError: It cannot be read, or is no language model.
+        MergeError: It cannot be read, or is not a language model.
         UnsupportedError: Its tokens do not spell the text.
     """
     opened = open_model(open_source(reference, stack, cache_dir=cache_dir))

@@ -50,8 +50,8 @@ class Node:
         name: Such as "aten.add.Tensor"; in-place operations have the name of their out-of-place form.
         args: Positional arguments: `Ref`, `Symbol`, numbers, dtypes, tuples of these.
         kwargs: Named arguments.
-        dtype: Dtype of the result; None if it is no tensor.
-        shape: Its shape; None if it is no tensor.
+        dtype: Dtype of the result; None if it is not a tensor.
+        shape: Its shape; None if it is not a tensor.
         operands: Dtype to which its operands are converted; None for operations without such a dtype.
     """
 

@@ -71,11 +71,13 @@ def treat(
     weight = parameters.get("weight", 1.0)
     each = weight if isinstance(weight, tuple) else (weight,) * n_models
     if parameters["others"] == "base" and not based:
-        raise ParameterError(f"{name}: is no matrix, and others: 'base' keeps them, and there is no base_model")
+        raise ParameterError(f"{name}: is not a matrix, and others: 'base' keeps them, and there is no base_model")
     beside = _beside(parameters["others"], each, parameters.get("lambda", 1.0), based)
     complaint = beside.method.validate(beside.parameters) if beside.method.validate else None
     if complaint:
-        raise ParameterError(f"{name}: is no matrix and averaged (others: {parameters['others']}): {complaint}")
+        raise ParameterError(
+            f"{name}: is averaged, as it is not a matrix (others: {parameters['others']}): {complaint}"
+        )
     return beside
 
 

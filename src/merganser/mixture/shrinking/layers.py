@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy.experts import ROUTERS, SHARED, common_size, sizes_of_layers
-from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
+from ...calibration.forward.experts import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
 from .experts import Experts

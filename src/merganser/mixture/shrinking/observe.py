@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...calibration.data.batches import Batch
+from ...calibration.forward.experts import observed_experts
 from ...calibration.forward.forward import check_streamable, replaced
-from ...calibration.forward.internals import observed_experts
 from ...calibration.forward.stream import Stream
 from ...calibration.preparation import Prepared
 from ...errors import UnsupportedError

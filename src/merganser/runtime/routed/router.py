@@ -129,7 +129,7 @@ def read_router(path: Path, tasks: Sequence[str], hidden: int, shared: str) -> T
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is damaged, or no router: {error}; {again}") from None
     if rows is None or "format" not in metadata:
-        raise CheckpointError(f"{path}: is no router: it has no tensor 'rows' with a format; {again}")
+        raise CheckpointError(f"{path}: is not a router: it has no tensor 'rows' with a format; {again}")
     if metadata["format"] != FORMAT:
         raise UnsupportedError(f"{path}: format {metadata['format']} is of a later version; this one reads {FORMAT}")
     if named != list(tasks):

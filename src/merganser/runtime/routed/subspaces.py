@@ -145,7 +145,7 @@ def open_subspaces(out: str | Path | TaskSet, settings: SubspaceSettings | None 
     Raises:
         NotFoundError: There are no sidecars and no adapters.
         CheckpointError: They are damaged; or no weight has such a name, or only some tasks have it.
-        UnsupportedError: Such a weight is no matrix, or no task changes one; or none is named, and there is not one stack of
+        UnsupportedError: Such a weight is not a matrix, or no task changes one; or none is named, and there is not one stack of
             layers with value projections.
         NonFiniteError: A weight has NaN or infinity.
     """
@@ -163,7 +163,7 @@ def open_subspaces(out: str | Path | TaskSet, settings: SubspaceSettings | None 
                 raise CheckpointError(f"{tasks.name}: {where} has no tensor {name}")
             weight = shared[name] if settings.of == "shared" else own[name]
             if weight.dim() != 2:
-                raise UnsupportedError(f"{tasks.name}: {name} is no matrix: its shape is {list(weight.shape)}")
+                raise UnsupportedError(f"{tasks.name}: {name} is not a matrix: its shape is {list(weight.shape)}")
             # in float64, so that adapters are no more than what they add
             weight = weight.double() - shared[name].double() if settings.of == "change" else weight.double()
             if not weight.isfinite().all():

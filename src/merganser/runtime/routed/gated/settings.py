@@ -126,13 +126,13 @@ class GateSettings:
         """Read what `to_json` wrote.
 
         Raises:
-            ParameterError: It is no such text.
+            ParameterError: It does not describe such settings.
         """
         try:
             found = json.loads(text)
             return cls(**found)
         except (ValueError, TypeError) as error:
-            raise ParameterError(f"is no text of gate settings: {error}") from None
+            raise ParameterError(f"does not describe gate settings: {error}") from None
 
 
 KINDS = {

@@ -57,9 +57,9 @@ class MixtureSettings:
         """Read what `to_json` wrote.
 
         Raises:
-            ParameterError: It is no such text.
+            ParameterError: It does not describe such settings.
         """
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
-            raise ParameterError(f"is no text of settings of a mixture: {error}") from None
+            raise ParameterError(f"does not describe settings of a mixture: {error}") from None

@@ -147,7 +147,7 @@ def check_linear(name: str, model: Any, vocabulary: int) -> None:
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
-        raise UnsupportedError(f"{name}: its head is no linear layer, so it cannot be shared; use embeddings 'own'")
+        raise UnsupportedError(f"{name}: its head is not a linear layer, so it cannot be shared; use embeddings 'own'")
     ids = torch.arange(min(vocabulary, 8), device=head.weight.device)[None]
     wanted = model(input_ids=ids, use_cache=False).logits.float()
     states = model.base_model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).last_hidden_state
