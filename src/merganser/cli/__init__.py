@@ -33,7 +33,7 @@ _VERBS: Mapping[str, type[TyperCommand] | None] = {
     "schema": Verb,
     "inspect": many_values("--data"),
     "diff": Verb,
-    "calibrate": many_values("--data"),
+    "calibrate": many_values("--data", "--add"),
     "verify": Verb,
     "restore": Verb,
     "route": many_values("--data"),

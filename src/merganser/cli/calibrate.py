@@ -14,14 +14,31 @@ from .printing.calibrations import calibration_rows
 from .printing.progress import step_progress
 from .printing.text import complain, head, plural, say, say_json, size_text, some, table, time_text
 
+_BESIDE_ADD = ("add", "out", "quiet", "json")
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..statistics import CalibrationPlan, Dataset, Statistics
 
 
 def calibrate(
-    model: options.Model,
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False),
+    ] = None,
     data: options.DataFiles = None,
     out: options.NewFolder = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER...",
+            help="Add statistics of one model on several parts of its data, which were written before, in place of "
+            "measuring them.",
+            show_default=False,
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -66,6 +83,12 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Write statistics of a model on text, for merges that use data."""
+    if add:
+        _check_alone(context)
+        _add(add, _given(out), quiet=quiet, json=json)
+        return
+    if model is None:
+        raise DataError("MODEL is missing: give a folder or a Hub id, or --add with folders of statistics")
     options.quieten_hub(quiet)
     from ..calibration import calibrate as run
     from ..calibration import plan_calibration
@@ -84,11 +107,41 @@ def calibrate(
     if dry_run:
         _show(plan_calibration(model, chosen, **given), json=json)
         return
-    if out is None:
-        raise DataError("--out is missing: give the folder to write, or --dry-run")
+    target = _given(out, ", or --dry-run")
     started = time.monotonic()
     with step_progress("calibrate", quiet) as progress:
-        found = run(model, chosen, out, progress=progress, **given)
+        found = run(model, chosen, target, progress=progress, **given)
+    if json:
+        say_json(found.about)
+    elif not quiet:
+        _summary(found, time.monotonic() - started)
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Refuse what is for measuring beside --add.
+
+    Raises:
+        DataError: It is there.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name not in _BESIDE_ADD and source is not None and source.name == "COMMANDLINE":
+            shown = "MODEL" if name == "model" else parameter.opts[0]
+            raise DataError(f"{shown} is for measuring, and --add only adds what was measured; leave one of them out")
+
+
+def _given(out: Path | None, otherwise: str = "") -> Path:
+    if out is None:
+        raise DataError(f"--out is missing: give the folder to write{otherwise}")
+    return out
+
+
+def _add(folders: list[str], out: Path, *, quiet: bool, json: bool) -> None:
+    from ..calibration import add_statistics
+
+    started = time.monotonic()
+    found = add_statistics(folders, out)
     if json:
         say_json(found.about)
     elif not quiet:
@@ -98,10 +151,10 @@ def calibrate(
 def _summary(found: Statistics, seconds: float) -> None:
     from ..process import peak_memory
 
-    (part,) = found.about["parts"]
+    sequences, counted = (sum(part[key] for part in found.about["parts"]) for key in ("sequences", "counted"))
     head(
         f"{', '.join(found.statistics)} · {plural(len({*found.tensors, *found.gradients}), 'tensor')} · "
-        f"{plural(part['sequences'], 'sequence')} · {plural(part['counted'], 'token')} · "
+        f"{plural(sequences, 'sequence')} · {plural(counted, 'token')} · "
         f"{time_text(seconds)} · peak {size_text(peak_memory())}"
     )
     for key, kind in (("without", "statistics of inputs"), ("without_gradients", "gradients")):
