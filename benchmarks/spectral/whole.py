@@ -19,6 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from merganser import MergeError
+
 from ..merge import hardware
 from ..merge.checkpoints import Shape
 from . import peer
@@ -58,7 +60,11 @@ def main(arguments: list[str]) -> int:
     few = Shape(shape.hidden, shape.ffn, min(options.wudi_layers, shape.layers), shape.vocab, shape.heads)
     for method in METHODS:
         one = few if method == "wudi" else shape
-        seconds, cpu = merge(method, make_models(options.folder, one, options.threads), options)
+        try:
+            seconds, cpu = merge(method, make_models(options.folder, one, options.threads), options)
+        except MergeError as failure:
+            sys.stderr.write(f"bench: {failure}\n")
+            return 2
         scale = shape.layers / one.layers
         scaled = f" (of {one.layers} of {shape.layers} layers, start-up and the embedding too)" if scale != 1 else ""
         _say(f"{method:6s} merganser {seconds * scale:.1f} s, processor {cpu * scale:.1f} s{scaled}")
@@ -102,7 +108,11 @@ def make_models(folder: Path, shape: Shape, threads: int) -> Path:
 
 
 def merge(method: str, models: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Run one merge as a command; return its seconds and its processor seconds."""
+    """Run one merge as a command; return its seconds and its processor seconds.
+
+    Raises:
+        MergeError: The command ended with an error.
+    """
     recipe, out = models / f"{method}.yaml", models / "out"
     experts = [{"model": str(models / f"expert-{i}")} for i in range(EXPERTS)]
     text = {"merge_method": method, "base_model": str(models / "base"), "models": experts, "dtype": "bfloat16"}
@@ -113,7 +123,7 @@ def merge(method: str, models: Path, options: argparse.Namespace) -> tuple[float
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds, after = time.perf_counter() - start, os.times()
     if done.returncode:
-        raise RuntimeError(f"{method}: the merge ended with {done.returncode}: {done.stderr}")
+        raise MergeError(f"{method}: the merge ended with {done.returncode}: {done.stderr}")
     shutil.rmtree(out)
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return seconds, used

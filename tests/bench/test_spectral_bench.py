@@ -1,10 +1,13 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.spectral import peer
+from benchmarks.merge.checkpoints import Shape
+from benchmarks.spectral import peer, whole
 from benchmarks.spectral.__main__ import main
 from benchmarks.spectral.cases import METHODS, Case, best, extrapolated
 from benchmarks.spectral.references import adam
@@ -151,3 +154,19 @@ def test_the_reference_of_wudi_goes_down_its_loss():
     found = adam([vector.float() for vector in vectors], 3)
     torch.testing.assert_close(found, start.detach(), rtol=0, atol=1e-9)
     assert loss(found) < loss(sum(vectors))
+
+
+def test_models_of_whole_merges_differ_by_as_much_as_declared(tmp_path: Path) -> None:
+    shape = Shape(64, 96, 2, 50, heads=2)
+    models = whole.make_models(tmp_path, shape, 1)
+    base, expert = (load_file(models / name / "model.safetensors") for name in ("base", "expert-0"))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        change = (expert[name].float() - base[name].float()).norm() / base[name].float().norm()
+        # rounding to bfloat16 adds to it
+        assert whole.RELATIVE <= float(change) < 2 * whole.RELATIVE
+    assert torch.equal(expert["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+def test_every_matrix_of_the_layers_is_counted() -> None:
+    # a layer has two square matrices, keys and values, and three of the MLP
+    assert whole.matrices(Shape(64, 96, 2, 50, heads=4)) == {(64, 64): 4, (32, 64): 4, (96, 64): 4, (64, 96): 2}
