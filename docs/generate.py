@@ -174,7 +174,7 @@ def parameter_table(method) -> list[str]:
 
 
 def needs_from_data(method) -> list[str]:
-    """Say which statistics from data a method takes, and how a recipe gives them."""
+    """Return the lines of a page on the statistics from data that a method takes, and on how a recipe gives them."""
     own = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
     own += [each.measured for each in method.numbers.values()]
     of_base = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
@@ -209,7 +209,7 @@ def example(method) -> str:
     lines = [f"merge_method: {method.name}"] + ["base_model: path/to/base"] * needs_base + ["models:"]
     count = max(method.min_models, min(2, method.max_models or 2))
     # models that are compared token by token read the same text
-    together = method.data_inputs in ("mean", "zipped")
+    together = method.reads_alike
     needs = needs_text(method)
     if needs and method.data_of == "base":
         lines += ["  - model: path/to/base", "    data: path/to/text.txt"]

@@ -10,9 +10,6 @@ from merganser import calibrate
 from merganser.method import MergeMethod
 from merganser.method.description import describe
 
-_TOGETHER = ("mean", "zipped")
-"""Inputs for which all models read the same tokens: those of all texts."""
-
 
 def takes_data(method: MergeMethod) -> bool:
     """Return whether a method needs statistics of data, of the models or of the base."""
@@ -43,7 +40,7 @@ class Statistics:
         Statistics of the expert, and of the base on its text, are made if they are not there.
         """
         drawn = self.settings(sequences)
-        if method.data_inputs in _TOGETHER:
+        if method.reads_alike:
             files = [str(self._zoo.texts[name]["train"]) for name in self._experts]
             return {"data": {"files": files, **drawn, "sequences": drawn["sequences"] * len(files)}}
         if method.data_inputs != "own":

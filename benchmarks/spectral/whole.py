@@ -6,11 +6,8 @@ without loading and writing; the 300 steps of its WUDI are extrapolated from one
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from merganser import MergeError
-
-from ..merge import hardware
+from ..merge import hardware, measure
 from ..merge.checkpoints import Shape
 from . import peer
 from .cases import Case, extrapolated, run_alone
@@ -49,29 +44,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model, to try this command")
     parser.add_argument("--peer-folder", type=Path, metavar="DIR", help=f"FusionBench (default: ${peer.VARIABLE})")
     options = parser.parse_args(arguments)
+    hardware.complain_if_busy()
     try:
-        place = peer.folder(options.peer_folder)
-    except peer.PeerError as failure:
+        compare(options)
+    except (peer.PeerError, measure.CommandError) as failure:
         sys.stderr.write(f"bench: {failure}\n")
         return 2
-    hardware.complain_if_busy()
-    theirs = peer.load(place)
+    return 0
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure both sides, method by method, and print what they take.
+
+    Raises:
+        PeerError: FusionBench is not there.
+        CommandError: A merge failed.
+    """
+    theirs = peer.load(peer.folder(options.peer_folder))
     shape = TINY if options.tiny else QWEN
     few = Shape(shape.hidden, shape.ffn, min(options.wudi_layers, shape.layers), shape.vocab, shape.heads)
     for method in METHODS:
         one = few if method == "wudi" else shape
-        try:
-            seconds, cpu = merge(method, make_models(options.folder, one, options.threads), options)
-        except MergeError as failure:
-            sys.stderr.write(f"bench: {failure}\n")
-            return 2
+        used = merge(method, make_models(options.folder, one, options.threads), options.threads)
         scale = shape.layers / one.layers
         scaled = f" (of {one.layers} of {shape.layers} layers, start-up and the embedding too)" if scale != 1 else ""
-        _say(f"{method:6s} merganser {seconds * scale:.1f} s, processor {cpu * scale:.1f} s{scaled}")
+        _say(f"{method:6s} merganser {used.seconds * scale:.1f} s, processor {used.cpu_seconds * scale:.1f} s{scaled}")
         found = sum(n * _matrix(theirs[method], method, dims, options.threads) for dims, n in matrices(shape).items())
         steps = f", 300 steps from 1 and {_STEPS}" if method == "wudi" else ""
         _say(f"{method:6s} FusionBench {found:.1f} s (one matrix of each shape, scaled{steps})")
-    return 0
 
 
 def matrices(shape: Shape) -> Counter[tuple[int, int]]:
@@ -107,26 +107,21 @@ def make_models(folder: Path, shape: Shape, threads: int) -> Path:
     return place
 
 
-def merge(method: str, models: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Run one merge as a command; return its seconds and its processor seconds.
+def merge(method: str, models: Path, threads: int) -> measure.Usage:
+    """Run one merge as a command; return what it took.
 
     Raises:
-        MergeError: The command ended with an error.
+        CommandError: It failed.
     """
     recipe, out = models / f"{method}.yaml", models / "out"
     experts = [{"model": str(models / f"expert-{i}")} for i in range(EXPERTS)]
     text = {"merge_method": method, "base_model": str(models / "base"), "models": experts, "dtype": "bfloat16"}
     recipe.write_text(yaml.safe_dump(text), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
-    start, before = time.perf_counter(), os.times()
-    command = [sys.executable, "-m", "merganser", "merge", str(recipe), str(out), "--threads", str(options.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds, after = time.perf_counter() - start, os.times()
-    if done.returncode:
-        raise MergeError(f"{method}: the merge ended with {done.returncode}: {done.stderr}")
+    command = [sys.executable, "-m", "merganser", "merge", str(recipe), str(out), "--threads", str(threads)]
+    used = measure.run(command, models / "log.txt")
     shutil.rmtree(out)
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds, used
+    return used
 
 
 def _matrix(theirs: Callable[[int], peer.Merge], method: str, dims: tuple[int, int], threads: int) -> float:

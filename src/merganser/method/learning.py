@@ -55,6 +55,11 @@ class Learning:
         """Whether the loss compares the merged model with the models."""
         return "teacher" in inspect.signature(self.loss).parameters
 
+    @property
+    def by_model(self) -> bool:
+        """Whether a step needs the gradient of each model's loss by itself; Adam takes that of their sum."""
+        return self.update is not None
+
     def granularity(self, parameters: Mapping[str, Any]) -> str:
         """Return what has coefficients of its own: "model", "layer", "tensor" or "column".
 

@@ -85,6 +85,11 @@ class MergeMethod:
         """What computes the inputs that its statistics from data are of, as in `FromData`."""
         return next((own.inputs for own in self.from_data.values()), "own")
 
+    @property
+    def reads_alike(self) -> bool:
+        """Whether all models have to read the same tokens: each of them runs on the data of all."""
+        return self.data_inputs in ("mean", "zipped")
+
     @cached_property
     def data_of(self) -> Literal["models", "base", "first"]:
         """Whose statistics from data it takes, as in `FromData`."""

@@ -58,8 +58,7 @@ class Field:
         self._tensors = {own.name: own for own in tensors}
         self._settings = settings_of(method, tensors[0].parameters)
         self._argument = next(iter(method.from_data))
-        # an update sees the slopes of each model's loss, Adam those of their sum
-        self._losses = 1 if learning.update is None else len(tensors[0].models)
+        self._losses = len(tensors[0].models) if learning.by_model else 1
         over = learning.granularity(tensors[0].parameters)
         self._groups = {own.name: _group(own, over) for own in tensors}
         self.values: dict[str, Tensor] = {}

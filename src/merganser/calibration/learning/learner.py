@@ -120,11 +120,10 @@ class Learner:
     def _step(self, step: int) -> list[float | None]:
         """Take a step; return the mean loss of each model's tokens before it."""
         stream, losses = self._forward(step)
-        by_model = self._learning.update is not None
-        parts = losses.by_model() if by_model else [range(len(stream.batches))]
+        parts = losses.by_model() if self._learning.by_model else [range(len(stream.batches))]
         values = self._passes.backward(stream, losses.of, parts)
         gradients = self._field.take_gradients()
-        if by_model:
+        if self._learning.by_model:
             self._update(step, gradients)
             return losses.means(values)
         for group, own in self._field.values.items():

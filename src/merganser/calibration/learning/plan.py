@@ -58,7 +58,7 @@ def descent_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Descent | 
         return None
     columns = learning.granularity(parameters) == "column"
     steps, batch = int(parameters["steps"]), int(parameters["batch"])
-    return Descent(steps, batch, learning.has_teacher, columns, learning.update is not None)
+    return Descent(steps, batch, learning.has_teacher, columns, learning.by_model)
 
 
 @dataclass(frozen=True, slots=True)

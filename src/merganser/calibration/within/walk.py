@@ -48,9 +48,6 @@ __all__ = ["Progress", "calibrate_within", "merge_identity", "merged_skeleton", 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
 
-# inputs for which all models themselves run on the same tokens
-_TOGETHER = ("mean", "zipped")
-
 # folders of hidden states; no folder of a model begins with a dot
 _HIDDEN, _OWN = ".hidden", ".own"
 
@@ -127,7 +124,7 @@ def _check(plan: Plan, models: Sequence[Prepared]) -> None:
     if len(models) != count:
         raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
     for source, model in zip(merged_sources(plan), models, strict=True):
-        if method.data_inputs in _TOGETHER and not _same_tokens(models[0], model):
+        if method.reads_alike and not _same_tokens(models[0], model):
             raise RecipeError(
                 f"{source.place}: {method.name} compares the models token by token, and {source.model} reads other tokens "
                 "than the first model; give 'data' once, at the top of the recipe, for models with the same tokenizer"
@@ -230,7 +227,11 @@ class _Walk:
                 key = "merged" if kind == _HIDDEN else "own"
                 return Stream(self._skeleton, batches, spool, StreamState.from_json(state[key]) if state else None)
 
-            compared = CROSS_GRAM in self._statistics or self._plan.method.data_inputs in ("fitted", *_TOGETHER)
+            compared = (
+                CROSS_GRAM in self._statistics
+                or self._plan.method.data_inputs == "fitted"
+                or self._plan.method.reads_alike
+            )
             own = stream(_OWN) if compared else None
             self._models.append(_Model(source, folder, stream(_HIDDEN), own, dict(state["tensors"]) if state else {}))
 
@@ -251,7 +252,7 @@ class _Walk:
                 model.latest = self._write(model.folder / file_name(index + 1, self._count), collected)
                 model.tensors |= model.latest
             # nothing reads what the last block computes; models that are compared with each other read their own
-            if index + 1 < self._count and self._plan.method.data_inputs not in _TOGETHER:
+            if index + 1 < self._count and not self._plan.method.reads_alike:
                 self._merge(index, block)
             self._target.note({"done": index + 1, "models": [model.to_json() for model in self._models]})
             release_freed_memory()

@@ -99,7 +99,7 @@ def print_mixture(report: MixtureReport, seconds: float, *, quiet: bool, json: b
 
 
 def _say_training(losses: Sequence[float]) -> None:
-    """Say how the loss changed over training, from the mean of its first tenth to that of its last; nothing without training."""
+    """Print how the loss changed over training, from the mean of its first tenth to that of its last; nothing without training."""
     if losses:
         tenth = max(1, len(losses) // 10)
         first, last = (sum(own) / tenth for own in (losses[:tenth], losses[-tenth:]))

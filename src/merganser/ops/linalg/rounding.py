@@ -130,16 +130,16 @@ def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
             rounding explains.
     """
     largest, norm = rounding.tolist()
-    whole = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    limit = _CLEARLY * _most_explained(norm, whole) ** 2
+    explained = _most_explained(delta, norm)
     # most task vectors of full fine-tunes are clearly more than rounding, and then no singular vectors are needed
-    if has_more_below(delta, largest, limit):
+    if has_more_below(delta, largest, _CLEARLY * explained**2):
         return delta
     left, values, right = svd(delta, noise=largest)
     if len(values) == min(delta.shape):
         return delta
     kept = (left * values.to(left.dtype)) @ right.T
-    return kept if _is_rounding(delta, kept, norm) else delta
+    # each entry of `kept` is exact to 2^-22 of the norm of the task vector
+    return kept if _norm(delta - kept) <= explained else delta
 
 
 def deltas_above_rounding(
@@ -194,30 +194,22 @@ def _triplets(delta: Tensor, rounding: Tensor, decompose: Callable[[Tensor], Svd
     if n_kept == len(whole.values):
         return whole
     left, values, right = whole.left[:, :n_kept], whole.values[:n_kept], whole.right[:, :n_kept]
-    explained = _is_rounding(delta, (left * values.to(left.dtype)) @ right.T, norm)
-    return Svd(left, values, right) if explained else whole
+    rest = delta - (left * values.to(left.dtype)) @ right.T
+    return Svd(left, values, right) if _norm(rest) <= _most_explained(delta, norm) else whole
 
 
-def _is_rounding(delta: Tensor, kept: Tensor, norm: float) -> bool:
-    """Return whether what a matrix has beyond its kept directions is not larger than rounding makes it.
-
-    Args:
-        delta: Shape [m, n].
-        kept: Its large directions, shape [m, n], each entry exact to 2^-22 of the norm of the matrix.
-        norm: The expected norm of rounding.
-    """
-    rest, whole = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (delta - kept, delta))
-    return rest <= _most_explained(norm, whole)
-
-
-def _most_explained(norm: float, whole: float) -> float:
-    """Return the largest norm of directions below the bound of rounding that rounding explains.
+def _most_explained(delta: Tensor, norm: float) -> float:
+    """Return the largest norm that the directions below the bound of rounding can have if they are rounding alone.
 
     Args:
+        delta: The task vector, in which float32 has rounding errors, too.
         norm: The expected norm of rounding.
-        whole: The norm of the task vector, in which float32 has rounding errors, too.
     """
-    return max(_EXPLAINED * norm, 2.0**-20 * whole)
+    return max(_EXPLAINED * norm, 2.0**-20 * _norm(delta))
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _narrower(dtype: torch.dtype) -> list[torch.dtype]:

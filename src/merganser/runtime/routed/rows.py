@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["nats", "token_rows"]
+__all__ = ["choices", "nats", "token_rows"]
 
 
 def token_rows(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> list[Tensor]:
@@ -34,3 +34,15 @@ def nats(logits: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:
     """
     total = sum(float(cross_entropy(logits(row)[0, :-1].float(), row[0, 1:], reduction="sum")) for row in rows)
     return total / sum(row.shape[1] - 1 for row in rows)
+
+
+def choices(weights: Callable[[Tensor], Tensor], rows: Sequence[Tensor], right: int) -> tuple[float, list[float]]:
+    """Return the share of texts in which the right task weighs most, and the mean weight of every task.
+
+    Args:
+        weights: Returns the weights of the tasks for a row, shape [1, tasks].
+        rows: Tokens, shape [1, length].
+        right: Number of the task to which the texts belong.
+    """
+    found = torch.cat([weights(row) for row in rows])
+    return float((found.argmax(1) == right).float().mean()), found.mean(0).tolist()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..making import cut_texts, texts_of_tasks
-from ..rows import nats, token_rows
+from ..rows import choices, nats, token_rows
 from .belonging import open_belonging
 from .fitting import Training
 from .model import GatedModel
@@ -84,9 +84,8 @@ def make_gates(
     right, shares, loss = {}, {}, {}
     for number, (task, own) in enumerate(texts.held.items()):
         rows = token_rows(model.tokenizer, own, texts.length, model.device)
-        means = torch.cat([model.shares(row) for row in rows])
-        right[task] = float((means.argmax(1) == number).float().mean())
-        shares[task] = dict(zip(model.tasks, means.mean(0).tolist(), strict=True))
+        right[task], means = choices(model.shares, rows, number)
+        shares[task] = dict(zip(model.tasks, means, strict=True))
         loss[task] = {"gates": nats(model.logits, rows)}
         for name, told in (("shared", None), ("told", number)):
             model.layers.tell(told)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..gated.fitting import Training
 from ..making import cut_texts, texts_of_tasks
-from ..rows import nats, token_rows
+from ..rows import choices, nats, token_rows
 from .experts import open_experts
 from .model import UnequalModel
 from .settings import MixtureSettings
@@ -87,9 +87,8 @@ def make_mixture(
     right, shares, loss = {}, {}, {}
     for number, (task, own) in enumerate(texts.held.items()):
         rows = token_rows(model.tokenizer, own, texts.length, model.device)
-        means = torch.cat([model.weights(row) for row in rows])
-        right[task] = float((means.argmax(1) == number).float().mean())
-        shares[task] = dict(zip(model.tasks, means.mean(0).tolist(), strict=True))
+        right[task], means = choices(model.weights, rows, number)
+        shares[task] = dict(zip(model.tasks, means, strict=True))
         loss[task] = _losses(model, task, rows)
     return MixtureReport(
         file=model.save(),
