@@ -487,6 +487,24 @@ def test_the_table_of_tokens(tmp_path):
     assert list(table._by_tokens([row("16 sequences", 16, 0.8)])["regmean"]) == [4096]
 
 
+def test_a_method_measured_with_fewer_tokens_alone_is_in_the_tables_with_a_mark(tmp_path):
+    def row(method, label, sequences, value):
+        return {**result(method, value), "label": label, "calibration": {"sequences": sequences, "length": 256}}
+
+    lines = shown(
+        tmp_path,
+        row("regmean", "default", 64, 0.8),
+        row("regmean", "16 sequences", 16, 0.9),
+        row("fisher", "4 sequences", 4, 0.6),
+        row("fisher", "16 sequences", 16, 0.5),
+        result("linear", 0.55),
+    )
+    assert lines[:3] == ["| regmean | 80 / 10 |", "| linear | 55 / 10 |", "| fisher | 50 / 10‡ |"]
+    page = (tmp_path / "docs" / "quality.md").read_text()
+    assert "| fisher | published‡ | 50.0 ± 2.0 %" in page
+    assert "| 2 experts | fisher |  | 50 / 10 | 60 / 10 |" in page
+
+
 def test_with_sequences_methods_with_data_are_tuned_on_so_many_alone(tmp_path, monkeypatch):
     measured_with = []
 
