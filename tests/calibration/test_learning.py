@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.calibration.interrupting import killed_after_removing
 from tests.calibration.merging import LENGTH, Family, choice, make_family
 from tests.reference.adamerging import adamerging_steps
 from tests.reference.dam import dam_steps
+from tests.reference.expert_merging_whole import steps_of as expert_merging_steps
 from tests.reference.fw import fw_steps
 
 ALL = 99
@@ -120,6 +122,29 @@ def test_dam_agrees_with_whole_models_in_memory(tmp_path: Path) -> None:
     given = {"steps": 3, "rate": 0.03, "temperature": 2.0, "similarity": 0.2}
     found = learn(family, "dam", tmp_path / "run", batch=ALL, **given)
     compare(family, found, *dam_steps(*double(family)[1:], **given), start=0.5)
+
+
+def test_expert_merging_of_chunks_agrees_with_whole_models_in_memory(llama: Family, tmp_path: Path) -> None:
+    # norms have 32 entries, which no 5 equal chunks hold
+    given: dict[str, Any] = {"steps": 3, "rate": 0.1, "chunks": 5, "regulariser": 0.3, "temperature": 1.5}
+    given |= {"weight": [1.0, 0.5]}
+    found = learn(llama, "expert_merging_whole", tmp_path / "run", batch=ALL, **given)
+    expected, history = expert_merging_steps(*double(llama), **given)
+    assert {own.shape for own in expected.values()} == {(2, 5)}
+    compare(llama, found, expected, history, start=math.log(1 / 9))
+
+
+def test_a_tensor_has_no_more_chunks_than_elements(llama: Family, tmp_path: Path) -> None:
+    found = learn(llama, "expert_merging_whole", tmp_path / "run", steps=1, chunks=1000)
+    learnt = coefficients(found)
+    sizes = {name: own.numel() for name, own in load_file(llama.base / "model.safetensors").items()}
+    assert {name: own.shape[1] for name, own in learnt.items()} == {
+        name: min(1000, size) for name, size in sizes.items()
+    }
+    assert min(sizes.values()) < 1000 < max(sizes.values())
+    planned = plan(written(llama, "expert_merging_whole", steps=1, chunks=1000)).calibrations[0]
+    stored = sum(t.nbytes for file in found[0].about["files"] for t in load_file(found[0].path / file).values())
+    assert planned.statistics_bytes == stored
 
 
 @pytest.mark.parametrize(("granularity", "selection"), [("model", "soft"), ("tensor", "hard")])

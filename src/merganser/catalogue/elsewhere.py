@@ -56,8 +56,8 @@ _IN_ANOTHER_FORM = (
     ),
     Elsewhere(
         ("Expert Merging++",),
-        "it is `expert_merging` with `chunks` above 1; choosing their number by importance is not available",
-        "methods/expert_merging.md",
+        "it is `expert_merging_whole` (or `expert_merging`) with `chunks` above 1; choosing their number by importance is not available",
+        "methods/expert_merging_whole.md",
     ),
     Elsewhere(("NAN",), "it is `nan_merging`", "methods/nan_merging.md"),
     Elsewhere(("CoPA", "copa_merging"), "it is `robust_merge`", "methods/robust_merge.md"),

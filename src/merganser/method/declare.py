@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import did_you_mean
 from .docstring import Docstring, parse_docstring
 from .factors import Factors
-from .learning import LEARNING_PARAMETERS
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
 from .sidecar import Sidecar, for_all_sidecars
@@ -230,7 +229,7 @@ def _data_complaint(scope: Scope, from_data: Mapping[str, FromData], parameters:
             continue
         if scope != "tensor":
             return f"{name} are of a whole tensor, which only methods of scope 'tensor' are handed"
-        needed = _SETTINGS[own.statistic] if own.learning is None else {*LEARNING_PARAMETERS}
+        needed = _SETTINGS[own.statistic] if own.learning is None else own.learning.needed
         lacking = sorted(needed - parameters.keys())
         if lacking:
             return f"{name} are made with the parameters {', '.join(lacking)}, which it does not declare"

@@ -9,11 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LEARNING_PARAMETERS", "Learning"]
-
-LEARNING_PARAMETERS = ("batch", "rate", "steps", "weight")
-"""Parameters that a method with learnt coefficients declares: sequences of each model in a step, step size, number of
-steps, and per model the factor of its loss."""
+__all__ = ["Learning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +24,9 @@ class Learning:
             shape [tokens, vocabulary]; `teacher`, those of the model whose data it is; and `labels`, the tokens that
             follow in the text, int64, shape [tokens].
         start: Returns the first value of all coefficients. It may take `count`, the number of models.
-        over: What has coefficients of its own, one for each model: "model", "layer", "tensor", or "column", which is each
-            input of a matrix, and other tensors as a whole; or the name of the parameter that says one of the first three.
+        over: What has coefficients of its own, one for each model: "model", "layer", "tensor"; "column", which is each
+            input of a matrix, and other tensors as a whole; "chunk", which is each of as many pieces of consecutive elements
+            of a tensor as the parameter `chunks` says; or the name of the parameter that says one of the first three.
         penalty: Returns what is added to the loss, 0-d. It takes `coefficients`: for whatever has its own, a tensor of
             shape [models, numbers], float32.
         update: Returns the next coefficients of whatever has its own, in place of Adam, shape [models, numbers]. It may take
@@ -60,8 +57,25 @@ class Learning:
         """Whether a step needs the gradient of each model's loss by itself; Adam takes that of their sum."""
         return self.update is not None
 
+    @property
+    def needed(self) -> set[str]:
+        """Parameters that the method declares.
+
+        Sequences of each model in a step, step size, number of steps, and per model the factor of its loss; where chunks have
+        coefficients, into how many a tensor is cut.
+        """
+        return {"batch", "rate", "steps", "weight", *(["chunks"] if self.over == "chunk" else [])}
+
+    def chunks(self, parameters: Mapping[str, Any]) -> int:
+        """Return how many pieces of consecutive elements of a tensor have coefficients of their own.
+
+        Args:
+            parameters: All parameters, by their names in recipes.
+        """
+        return int(parameters["chunks"]) if self.over == "chunk" else 1
+
     def granularity(self, parameters: Mapping[str, Any]) -> str:
-        """Return what has coefficients of its own: "model", "layer", "tensor" or "column".
+        """Return what has coefficients of its own: "model", "layer", "tensor", "column" or "chunk".
 
         Args:
             parameters: All parameters, by their names in recipes.

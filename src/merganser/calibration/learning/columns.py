@@ -1,8 +1,9 @@
-"""Which axis of a tensor counts the inputs of its matrix, so that each input can have a coefficient of its own."""
+"""The coefficients that a tensor has: one, or one for each of its chunks, or for each input of its matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from ..forward.internals import linear_classes
 from ..forward.skeleton import Skeleton
 from ..reverse.parameters import Part
 
-__all__ = ["column_shape", "input_axes"]
+__all__ = ["coefficient_shape", "input_axes"]
 
 
 def input_axes(skeleton: Skeleton, parts: Mapping[str, Part]) -> dict[str, int]:
@@ -45,8 +46,14 @@ def _of_parameters(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def column_shape(shape: Iterable[int], axis: int | None) -> tuple[int, ...]:
-    """Return the shape of a tensor's coefficients: one for each index of an axis, or one in all where that is None."""
+def coefficient_shape(shape: Sequence[int], axis: int | None = None, chunks: int = 1) -> tuple[int, ...]:
+    """Return the shape of one model's coefficients of a tensor.
+
+    Args:
+        shape: The tensor's.
+        axis: The axis whose indices have coefficients of their own; None where no axis has.
+        chunks: Without an axis, into how many pieces of consecutive elements the tensor is cut: as many as it has at most.
+    """
     if axis is None:
-        return (1,)
+        return (max(1, min(chunks, math.prod(shape))),)
     return tuple(size if i == axis else 1 for i, size in enumerate(shape))

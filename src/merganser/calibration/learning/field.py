@@ -14,7 +14,7 @@ from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
 from ...method import Learning, MergeMethod, takes
 from ..within.weights import MergedTensors
-from .columns import column_shape
+from .columns import coefficient_shape
 
 __all__ = ["Field", "Weights", "chosen", "settings_of"]
 
@@ -66,7 +66,8 @@ class Field:
             count = len(own.models)
             given = {**self._settings, "count": count}
             start = float(learning.start(**{name: given[name] for name in takes(learning.start)}))
-            shape = column_shape(own.shape, axes.get(own.name) if over == "column" else None)
+            axis = axes.get(own.name) if over == "column" else None
+            shape = coefficient_shape(own.shape, axis, learning.chunks(own.parameters))
             self.values.setdefault(self._groups[own.name], torch.full((count, *shape), start))
         self._gradients = self._zeros()
 

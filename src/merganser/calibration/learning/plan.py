@@ -19,7 +19,7 @@ from ..reverse.parameters import block_parameters, likely_parts, outside_sources
 from ..taps import Tapped
 from ..within.fitting import COEFFICIENTS
 from ..writer import Sum
-from .columns import column_shape, input_axes
+from .columns import coefficient_shape, input_axes
 
 __all__ = ["Descent", "LearningPlan", "coefficient_sums", "descent_of", "plan_learning", "planned_coefficients"]
 
@@ -41,6 +41,7 @@ class Descent:
         batch: Sequences of every model in each.
         has_teacher: Whether the models run on their data, too.
         columns: Whether every column of a matrix has coefficients.
+        chunks: How many pieces of any other tensor have.
         by_model: Whether the gradient of each model's loss is taken by itself.
     """
 
@@ -48,6 +49,7 @@ class Descent:
     batch: int
     has_teacher: bool
     columns: bool
+    chunks: int
     by_model: bool
 
 
@@ -58,7 +60,7 @@ def descent_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Descent | 
         return None
     columns = learning.granularity(parameters) == "column"
     steps, batch = int(parameters["steps"]), int(parameters["batch"])
-    return Descent(steps, batch, learning.has_teacher, columns, learning.by_model)
+    return Descent(steps, batch, learning.has_teacher, columns, learning.chunks(parameters), learning.by_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,9 @@ def planned_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapp
         tensors = {name: skeleton.checkpoint.tensors[name] for name in sources}
         found.append(
             [
-                coefficient_sums(name, own.shape, torch.empty(column_shape(own.shape, axes.get(name))), 0)
+                coefficient_sums(
+                    name, own.shape, torch.empty(coefficient_shape(own.shape, axes.get(name), descent.chunks)), 0
+                )
                 for name, own in tensors.items()
                 if own.shape and own.dtype.kind == "float"
             ]
