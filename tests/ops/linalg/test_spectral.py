@@ -258,3 +258,27 @@ def test_joined_parts_keep_their_values():
     expected = torch.cat([part.values for part in parts]).sort(descending=True).values
     torch.testing.assert_close(values[:10], expected, rtol=1e-5, atol=0)
     assert values[10] < 1e-5
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_does_not_converge_is_tried_turned_and_upside_down(failures, monkeypatch):
+    # as LAPACK does of some projections; which ones depends on the library
+    whole, tries = torch.linalg.svd, []
+
+    def fails_first(matrix, **given):
+        tries.append(matrix.shape)
+        if len(tries) <= failures:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return whole(matrix, **given)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_first)
+    matrix = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = svd(matrix)
+    assert tries == [(7, 5), (5, 7), (7, 5)][: failures + 1]
+    torch.testing.assert_close(found.left * found.values @ found.right.T, matrix)
+    torch.testing.assert_close(found.left.T @ found.left, torch.eye(5, dtype=torch.float64))
+
+
+def test_what_is_not_finite_is_still_refused():
+    with pytest.raises(torch.linalg.LinAlgError):
+        svd(torch.full((3, 3), float("nan"), dtype=torch.float64))

@@ -286,9 +286,28 @@ def _is_dense(matrix: Tensor) -> bool:
 
 def _dense(matrix: Tensor, tolerance: float, noise: float = 0.0) -> Svd:
     """Decompose a matrix directly, in float64."""
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left, values, right = _triplets(matrix.double())
     rank = int((values > max(tolerance * float(values[0]), noise)).sum())
     return Svd(left[:, :rank], values[:rank], right[:rank].T)
+
+
+def _triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `torch.linalg.svd` does, also of matrices for which it does not converge as they are.
+
+    LAPACK fails on some that have hundreds of equal singular values, such as projections. Their transposes, or their rows in
+    reverse order, have the same values, and take other ways through it.
+    """
+    try:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        right, values, left = torch.linalg.svd(matrix.T, full_matrices=False)
+        return left.T, values, right.T
+    except torch.linalg.LinAlgError:
+        left, values, right = torch.linalg.svd(matrix.flip(0), full_matrices=False)
+        return left.flip(0), values, right
 
 
 def _first_pass(matrix: Tensor, tolerance: float, noise: float = 0.0) -> _Basis:
