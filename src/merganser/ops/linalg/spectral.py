@@ -300,12 +300,12 @@ def _triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left, values, right
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     try:
         right, values, left = torch.linalg.svd(matrix.T, full_matrices=False)
         return left.T, values, right.T
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         left, values, right = torch.linalg.svd(matrix.flip(0), full_matrices=False)
         return left.flip(0), values, right
 
