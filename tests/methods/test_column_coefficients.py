@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merganser.engine.kernels.merge_tensor import merge_tensor
-from merganser.methods.column_coefficients import column_coefficients
+from merganser.methods.column_coefficients import column_coefficients, quadratic_form
 from tests.methods.inputs import loss, make_grams
 from tests.methods.spectra import make_matrices
 from tests.reference.column_coefficients import column_coefficients as reference
@@ -24,6 +24,19 @@ def test_agrees_with_the_reference(parameters):
     expected = reference(base, models, data, **parameters)
     found = merged(base, models, data, steps=1000, **parameters)
     assert (found - expected).norm() <= 1e-8 * (expected - base).norm()
+
+
+@pytest.mark.parametrize("rows", [2, 12, 40])
+def test_products_formed_once_multiply_as_every_step_does(rows):
+    _, vectors = make_matrices((rows, 20), 3, "random")
+    inputs = sum(make_grams(20, 3))
+    c = torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([sum((a.T @ b * inputs) @ own for b, own in zip(vectors, c, strict=True)) for a in vectors])
+    # 2 rows: the six products would be larger than eight times the task vectors
+    for steps in (1, 100):
+        form = quadratic_form(vectors, inputs, steps)
+        assert form.__name__ == ("combined" if steps == 100 and rows > 2 else "multiplied")
+        torch.testing.assert_close(form(c), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_by_hand():

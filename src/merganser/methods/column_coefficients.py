@@ -1,12 +1,53 @@
 """Column coefficients: a weight for every column of every task vector, fitted to what each model makes of its inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
 from ..ops import deltas, shares
+
+_MOST_MEMORY = 8
+"""Largest memory of the products of task vectors, over that of the task vectors."""
+
+
+def quadratic_form(vectors: list[Tensor], inputs: Tensor, steps: int) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies coefficients, shape [T, n], by the matrix A of the quadratic form in them.
+
+        (A c)_a = sum_b ((V_a^T V_b) * inputs) c_b
+
+    The products are formed once where that is less work than to multiply by `inputs` in every step, and they are not
+    much larger than the task vectors.
+
+    Args:
+        vectors: Task vectors V_i, shape [m, n] each, float64.
+        inputs: Shape [n, n], float64, symmetric.
+        steps: How often it will be used.
+    """
+    rows, columns = vectors[0].shape
+    pairs = [(a, b) for a in range(len(vectors)) for b in range(a, len(vectors))]
+    if len(pairs) >= steps or len(pairs) * columns > _MOST_MEMORY * len(vectors) * rows:
+
+        def multiplied(c: Tensor) -> Tensor:
+            outputs = torch.zeros_like(vectors[0])
+            for vector, own in zip(vectors, c, strict=True):
+                outputs += vector * own
+            outputs = outputs @ inputs
+            return torch.stack([(vector * outputs).sum(0) for vector in vectors])
+
+        return multiplied
+    products = [(vectors[a].T @ vectors[b]).mul_(inputs) for a, b in pairs]
+
+    def combined(c: Tensor) -> Tensor:
+        image = torch.zeros_like(c)
+        for (a, b), product in zip(pairs, products, strict=True):
+            image[a] += product @ c[b]
+            if a != b:
+                image[b] += product.T @ c[a]
+        return image
+
+    return combined
 
 
 def descend(vectors: list[Tensor], inputs: Tensor, pull: Tensor, ridge: Tensor, steps: int) -> Tensor:
@@ -28,14 +69,11 @@ def descend(vectors: list[Tensor], inputs: Tensor, pull: Tensor, ridge: Tensor, 
     residual = torch.where(diagonal > 0, pull, 0.0)
     direction = inverse * residual
     size = first = (residual * direction).sum()
+    form = quadratic_form(vectors, inputs, steps)
     for _ in range(steps):
         if not size > 1e-24 * first:
             break
-        outputs = torch.zeros_like(vectors[0])
-        for vector, c in zip(vectors, direction, strict=True):
-            outputs += vector * c
-        outputs = outputs @ inputs
-        image = torch.stack([(vector * outputs).sum(0) for vector in vectors]) + ridge * diagonal * direction
+        image = form(direction) + ridge * diagonal * direction
         length = size / (direction * image).sum()
         found = found + length * direction
         residual = residual - length * image
@@ -49,6 +87,7 @@ def descend(vectors: list[Tensor], inputs: Tensor, pull: Tensor, ridge: Tensor, 
     family="data",
     cite="gauthiercaron2024dam",
     scope="matrix",
+    version=2,
     statistics={"gram": FromData("gram")},
 )
 def column_coefficients(
@@ -77,7 +116,7 @@ def column_coefficients(
     Args:
         weight: How much a model's inputs count.
         ridge: Pulls the coefficients towards r.
-        steps: Most steps of conjugate gradients; each multiplies a task vector by a Gram matrix.
+        steps: Most steps of conjugate gradients.
 
     Differs from the paper:
         Only the coefficients are the paper's (DAM), one for every input of a matrix. It learns them by gradient descent
