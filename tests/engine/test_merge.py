@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from merganser.anatomy import infer_anatomy
 from merganser.engine.alignment.alignment import location_of
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge, plan
 from merganser.engine.stream import groups as work
+from merganser.errors import NonFiniteError
 from merganser.method.method import fill
 from merganser.method.registry import get_method, methods
 from merganser.process import one_thread
@@ -132,21 +134,45 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "with_base", "parameters"), CASES)
-def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
+def written(folder, name, with_base, parameters, harm=None):
+    """A recipe for a method, and the base and the models that it merges; `harm` may change those first."""
     method = get_method(name)
-    n = _cases.count_models(method)
     # what goes by layers needs some
-    paths = write_llamas(tmp_path, n + 1, layers=20 if method.located else 1)
+    paths = write_llamas(folder, _cases.count_models(method) + 1, layers=20 if method.located else 1)
+    if harm is not None:
+        for file in (file for path in paths[1:] for file in path.glob("*.safetensors")):
+            own = load_file(file)
+            harm(own)
+            save_file(own, file)
     base, models = (paths[0], paths[1:]) if with_base else (None, paths[1:])
     per_model = {key: value for key, value in parameters.items() if method.parameters[key].per_model}
     shared = {key: value for key, value in parameters.items() if key not in per_model}
     listed = [(path, {key: value[i] for key, value in per_model.items()}) for i, path in enumerate(models)]
     tensors = [read_model(path) for path in paths]
-    recipe = _hand_in(make_recipe(name, listed, base, shared), method, tmp_path, tensors[0])
+    return _hand_in(make_recipe(name, listed, base, shared), method, folder, tensors[0]), tensors
+
+
+@pytest.mark.parametrize(("name", "with_base", "parameters"), CASES)
+def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
+    recipe, tensors = written(tmp_path, name, with_base, parameters)
     result = merge(recipe, tmp_path / "out", seed=7, threads=2)
     expected = merged_one_by_one(name, tensors[0] if with_base else None, tensors[1:], parameters, seed=7)
     assert_equal(read_model(result.out), expected)
+
+
+@pytest.mark.parametrize(("name", "with_base", "parameters"), {case.values[0]: case for case in CASES}.values())
+def test_every_method_names_what_is_not_finite(tmp_path, name, with_base, parameters):
+    """Also those that decompose matrices, for which linear algebra has errors of its own."""
+    culprit = "model.layers.0.mlp.down_proj.weight"
+
+    def harm(tensors):
+        if culprit in tensors:
+            tensors[culprit][3, 5] = float("nan")
+
+    recipe, _ = written(tmp_path, name, with_base, parameters, harm)
+    with pytest.raises(NonFiniteError, match=rf"\.safetensors: tensor '{culprit}' holds NaN or infinity"):
+        merge(recipe, tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import MergeError, MethodError
 from .block import Block
+from .calls import Undecomposed
 from .data import Data
 from .kernels import Kernel, Kernels, Phase
 from .values import Values
@@ -32,6 +33,11 @@ BLOCK = 1 << 19
 
 # elements from which fused rounds are faster than what computes a statistic at once, which is not fused
 _WORTH_ROUNDS = 1 << 16
+
+
+def all_finite(base: Tensor | None, models: Sequence[Tensor]) -> bool:
+    """Return whether no input holds NaN or infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*([] if base is None else [base]), *models))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -175,6 +181,11 @@ class TensorRun:
         over_rows = name in self.kernels.rows
         try:
             found, finite = kernel(block, None if over_rows else total)
+        except Undecomposed as error:
+            if not self._is_refused(base, models):
+                raise MethodError(f"{self.name}: {error}") from error
+            # the caller refuses the inputs
+            return torch.tensor(math.nan) if total is None else total, False
         except MethodError as error:
             raise MethodError(f"{self.name}: {error}") from error
         if not over_rows:
@@ -232,7 +243,14 @@ class TensorRun:
         """
         known: dict[str, Tensor] = {}
         for name, statistic, _ in self.kernels.statistics:
-            if self.at_once(name, known, *read(0, self.size)):
+            whole = read(0, self.size)
+            try:
+                done = self.at_once(name, known, *whole)
+            except Undecomposed as error:
+                if self._is_refused(*whole):
+                    refuse(whole)
+                raise MethodError(f"{self.name}: {error}") from error
+            if done:
                 continue
             for index in range(len(statistic.rounds)):
                 total: Tensor | None = None
@@ -246,6 +264,10 @@ class TensorRun:
                 if name in known:
                     break
         return known
+
+    def _is_refused(self, base: Tensor | None, models: Sequence[Tensor]) -> bool:
+        """Return whether inputs hold NaN or infinity, and these are not to be merged."""
+        return self.kernels.check_finite and not all_finite(base, models)
 
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
@@ -305,6 +327,10 @@ class TensorRun:
         block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
         try:
             merged, finite = kernel(block, None)
+        except Undecomposed as error:
+            if all_finite(base, models):
+                raise MethodError(f"{self.name}: {error}") from error
+            return torch.full((range_[1] - range_[0],), math.nan, dtype=self.kernels.output), False
         except MethodError as error:
             raise MethodError(f"{self.name}: {error}") from error
         return (merged.T if self.turned else merged).reshape(-1), bool(finite)

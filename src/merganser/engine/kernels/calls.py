@@ -18,10 +18,15 @@ from ..fusion.graph import Unfusable
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
 
+class Undecomposed(MethodError):
+    """A matrix has no decomposition, as none has that holds NaN or infinity."""
+
+
 def call(method: MergeMethod, function: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
     """Call a function of a merge method with these arguments, by name.
 
     Raises:
+        Undecomposed: A decomposition in it did not converge.
         MethodError: It returns no tensor, or is a function of a third party and raises an error. Errors of our own functions
             are left as they are.
     """
@@ -29,6 +34,8 @@ def call(method: MergeMethod, function: Callable[..., Any], given: Mapping[str, 
         result = function(**given)
     except (MergeError, MemoryError, Unfusable):
         raise
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise Undecomposed(f"merge method {method.name}: {error}") from error
     except Exception as error:
         if not method.foreign or "allocate memory" in str(error):
             raise
