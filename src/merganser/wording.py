@@ -12,6 +12,7 @@ from pathlib import Path
 __all__ = [
     "brief",
     "count_text",
+    "digits_text",
     "html_table",
     "measured_text",
     "number_text",
@@ -90,11 +91,14 @@ def plural(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
+def digits_text(value: float, digits: int = 2) -> str:
+    """Format a number with so many significant digits, and no exponent below 10^15: `0.012`, `3.8`, `120`."""
+    return f"{float(f'{value:.{digits}g}'):.15g}"
+
+
 def number_text(value: float | None) -> str:
     """Format a measured number with three significant digits; None gives `-`."""
-    if value is None:
-        return "-"
-    return f"{value:.3g}"
+    return "-" if value is None else digits_text(value, 3)
 
 
 def measured_text(value: float, stderr: float | None) -> str:
@@ -104,7 +108,7 @@ def measured_text(value: float, stderr: float | None) -> str:
 
 def setting_text(value: object) -> str:
     """Format a value of a recipe: numbers with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return digits_text(value, 4) if isinstance(value, float) else str(value)
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

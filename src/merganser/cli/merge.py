@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..wording import count_text, number_text, plural, printable, size_text, time_text
+from ..wording import count_text, digits_text, number_text, plural, printable, size_text, time_text
 from . import _options as options
 from .printing.adapters import print_merged_adapter
 from .printing.permutation import permutation_lines
@@ -151,9 +151,13 @@ def _lengths(total: Mapping[str, Any]) -> None:
     if length is None or not rounding:
         return
     shares = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(rounding), max(rounding))))
-    unrelated = f" (unrelated models: {count**-0.5:.2g} averaged, {count**0.5:.2g} added)" if count > 1 else ""
+    unrelated = (
+        f" (unrelated models: {digits_text(count**-0.5)} averaged, {digits_text(count**0.5)} added)"
+        if count > 1
+        else ""
+    )
     say(
-        f"moved {length:.2g} times as far from the base as the models{unrelated}; "
+        f"moved {digits_text(length)} times as far from the base as the models{unrelated}; "
         f"{shares} of the models' task vectors is rounding"
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..wording import digits_text
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .stream.sample import PAIR_SAMPLE, SAMPLE, Samples
@@ -113,8 +114,8 @@ def length_warning(total: Mapping[str, Any]) -> str | None:
         return None
     much, advice = ("long", "lower") if length > longest else ("short", "raise")
     return (
-        f"the merged task vector is {length:.2g} times as long as the task vectors of the {count} models, which is {much}: "
-        f"their average would be {shortest:.2g} if they are unrelated, and their sum {longest:.2g}; {advice} the weights or "
+        f"the merged task vector is {digits_text(length)} times as long as the task vectors of the {count} models, which is {much}: "
+        f"their average would be {digits_text(shortest)} if they are unrelated, and their sum {digits_text(longest)}; {advice} the weights or "
         "lambda, and measure what is kept (merganser eval)"
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..wording import digits_text
 from .scoring.estimate import Estimate, mean, smallest
 
 SURE = 2.0
@@ -193,7 +194,7 @@ def _domain(task: str, expert: str, metric: str, base: Estimate | None, own: Est
     if error is None:
         return Domain(expert, metric, gain, f"{task} has one item, which gives no standard error")
     if gain.value <= SURE * error or gain.value <= 0:
-        reason = f"{expert} does not beat the base by two standard errors: {gain.value:.3g} ± {error:.2g} {metric}"
+        reason = f"{expert} does not beat the base by two standard errors: {digits_text(gain.value, 3)} ± {digits_text(error)} {metric}"
         return Domain(expert, metric, gain, reason)
     return Domain(expert, metric, gain, None)
 

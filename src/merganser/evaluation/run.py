@@ -31,7 +31,7 @@ from .scoring.harness_arguments import NO_ARGUMENTS, HarnessArguments, parse_arg
 from .scoring.journal import Journal, journal_path
 from .scoring.outcome import Outcome
 from .scoring.precision import DTYPES, choose_formats, given_format
-from .scoring.scorer import Job, Scorer, Settings
+from .scoring.scorer import Job, Scorer, Settings, check_routed
 from .scoring.tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
 
 _CHOOSING = RoutedLanguageModel | GatedLanguageModel | UnequalLanguageModel
@@ -190,6 +190,7 @@ def _measure(
         }
         journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
         settings = wanted.settle(opened, tasks, journal)
+        check_routed(opened.values(), tasks)
         harness = open_harness(tasks, wanted.harness)
         scorer = Scorer(settings, journal, harness, progress.scoring)
         outcomes, infos = _score(scorer, roster, opened, tasks, progress)

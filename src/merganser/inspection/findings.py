@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from ..wording import digits_text, number_text
 from .difference import Difference
 from .task_vectors import FAR, Kinship
 
@@ -114,7 +115,8 @@ def _strangers(found: Kinship, strangers: Sequence[int]) -> list[Finding]:
         change = found.matrices.change[i]
         text = (
             f"{_name(i + 1)} seems to share no base with the others: the cosine of its weight matrices and the base's "
-            f"is {found.matrices.base_cosine[i]:.3g}, and its task vector has {change:.3g} times the norm of the base"
+            f"is {found.matrices.base_cosine[i]:.3g}, and its task vector has {number_text(change)} times the norm "
+            "of the base"
         )
         findings.append(Finding("no shared base", [i + 1], text))
     for i, j in combinations(strangers, 2):
@@ -159,4 +161,4 @@ def _list(indices: Sequence[int]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{digits_text(100 * share)} %"

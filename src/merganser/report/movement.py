@@ -9,7 +9,7 @@ from itertools import combinations, groupby
 from typing import Any
 
 from ..record.reading import Moved, Record
-from ..wording import count_text, number_text, plural
+from ..wording import count_text, digits_text, number_text, plural
 from .blocks import Block, Cell, Code, Figure, Number, Paragraph, Section, Table, number
 from .palette import COLOURS, SCALE, cut, escape, layout, percent_ticks, scale_end
 
@@ -107,11 +107,11 @@ def length_text(record: Record) -> str:
     if record.movement is None or record.movement.total.length is None:
         return ""
     length, count = record.movement.total.length, len(record.movement.total.models)
-    text = f"The merged task vector is {length:.2g} times as long as the models' (root mean square of {count})."
+    text = (
+        f"The merged task vector is {digits_text(length)} times as long as the models' (root mean square of {count})."
+    )
     if count > 1:
-        text += (
-            f" Of unrelated ones the average is {count**-0.5:.2g} times as long, and the sum {count**0.5:.2g} times."
-        )
+        text += f" Of unrelated ones the average is {digits_text(count**-0.5)} times as long, and the sum {digits_text(count**0.5)} times."
     return text
 
 

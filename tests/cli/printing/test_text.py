@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merganser.cli.printing.text import fitted, parse_size, table, telling
-from merganser.wording import count_text, number_text, plural, size_text, some, time_text
+from merganser.wording import count_text, digits_text, number_text, plural, setting_text, size_text, some, time_text
 
 
 class Terminal(io.StringIO):
@@ -128,6 +128,10 @@ def test_counts_and_times() -> None:
     ]
     assert [plural(n, "file") for n in (0, 1, 1_200)] == ["0 files", "1 file", "1,200 files"]
     assert [number_text(v) for v in (None, 0.0, 0.012345, 1.2e-7, 55.5)] == ["-", "0", "0.0123", "1.2e-07", "55.5"]
+    # no exponents where people expect digits
+    assert [number_text(v) for v in (999.6, 1_234, -20_480.0, float("inf"))] == ["1000", "1230", "-20500", "inf"]
+    assert [digits_text(v) for v in (0.0124, 3.84, 99.6, 124.0)] == ["0.012", "3.8", "100", "120"]
+    assert [setting_text(v) for v in (0.12345, 12_345.0, 20_000, "ties")] == ["0.1235", "12340", "20000", "ties"]
 
 
 def test_some() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...wording import plural, size_text, some, time_text
+from ...wording import digits_text, plural, size_text, some, time_text
 
 if TYPE_CHECKING:
     from ...statistics import CalibrationPlan
@@ -53,4 +53,4 @@ def _time(seconds: float) -> str:
 def _operations(count: float) -> str:
     """Return a number of floating-point operations: `3.8 TFLOP`."""
     unit, name = next(((unit, name) for unit, name in _UNITS if count >= unit), _UNITS[-1])
-    return f"{count / unit:.2g} {name[0].upper()}FLOP"
+    return f"{digits_text(count / unit)} {name[0].upper()}FLOP"

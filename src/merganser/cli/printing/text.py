@@ -21,7 +21,17 @@ import typer
 
 from ...errors import OutputError
 from ...jsonfile import os_reason
-from ...wording import count_text, number_text, plural, printable, printable_json, size_text, some, time_text
+from ...wording import (
+    count_text,
+    digits_text,
+    number_text,
+    plural,
+    printable,
+    printable_json,
+    size_text,
+    some,
+    time_text,
+)
 
 __all__ = [
     "complain",
@@ -163,7 +173,7 @@ def passes_text(count: int) -> str:
 
 def share_text(part: float, whole: float) -> str:
     """Return the size relative to a full copy: `6.3% of a copy`."""
-    return f"{100 * part / max(whole, 1):.3g}% of a copy"
+    return f"{digits_text(100 * part / max(whole, 1), 3)}% of a copy"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "  ") -> list[str]:

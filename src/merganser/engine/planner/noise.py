@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ...checkpoint import Checkpoint, Reader, TensorInfo
 from ...errors import MergeError
 from ...recipe import ModelReference
-from ...wording import some
+from ...wording import digits_text, some
 from ..plan.tensor import PlannedTensor
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def noise_warnings(checkpoints: Mapping[ModelReference, Checkpoint], tensors: Se
         if not own.values > 0 or not own.noise > 0 or not math.isfinite(own.values + own.noise + own.distance):
             found.append(how)
             continue
-        size = f"rounding has moved them by about {math.sqrt(own.noise / own.values):.2g} of their size"
+        size = f"rounding has moved them by about {digits_text(math.sqrt(own.noise / own.values))} of their size"
         if own.compared and own.distance > 0:
-            size += f", which is {math.sqrt(own.noise / own.distance):.2g} times their distance from the base"
+            size += f", which is {digits_text(math.sqrt(own.noise / own.distance))} times their distance from the base"
         found.append(f"{how}; {size}")
     return found
 

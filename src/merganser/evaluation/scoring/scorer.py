@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,21 @@ from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
 _VERSION = 1  # raised when results change: measurements of another version in a journal are not used
+
+
+def check_routed(models: Iterable[LanguageModel], tasks: Iterable[Task]) -> None:
+    """Check that no task of lm-eval meets a model that chooses among several, before lm-eval fetches its data.
+
+    Raises:
+        TaskError: One does.
+    """
+    task = next((task for task in tasks if isinstance(task, HarnessTask)), None)
+    model = next((own for own in models if isinstance(own, RoutedLanguageModel | UnequalLanguageModel)), None)
+    if task is not None and model is not None:
+        raise TaskError(
+            f"{task.source}: tasks of lm-eval are scored by one model, and {model.source.reference} chooses among several; "
+            "give texts or questions, or name one of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,11 +118,6 @@ class Scorer:
             if place not in self._rows:
                 self._rows[place] = self._own(model, task, vocabulary)
             return Job(task, self._rows[place], dtype, self._key(model, task.hash, dtype))
-        if isinstance(model, RoutedLanguageModel | UnequalLanguageModel):
-            raise TaskError(
-                f"{task.source}: tasks of lm-eval are scored by one model, and {model.source.reference} chooses among several; "
-                "give texts or questions, or name one of them"
-            )
         assert self.harness is not None
         return Job(task, None, dtype, self._key(model, self.harness.hash(task), dtype))
 

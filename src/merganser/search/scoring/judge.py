@@ -12,6 +12,7 @@ from ...engine.merge import merge
 from ...errors import MergeError, TaskError
 from ...evaluation.retention import SURE
 from ...evaluation.scoring.estimate import Estimate
+from ...wording import digits_text
 from ..estimators.control_variate import with_control
 from ..folder import Folder
 from .bench import Bench, Failed, Model
@@ -160,10 +161,10 @@ class ItemJudge:
             gain = (figures[f"{task}/{metric}"] - origin[f"{task}/{metric}"]) * (1.0 if higher else -1.0)
             if gain.value <= sure * (gain.stderr or 0.0) or gain.value <= 0:
                 name = self._experts.pop(task).name
-                width = "" if gain.stderr is None else f" ± {gain.stderr:.2g}"
+                width = "" if gain.stderr is None else f" ± {digits_text(gain.stderr)}"
                 self.notes.append(
                     f"{task} does not count as a domain: {name} does not beat the base by {sure:g} standard errors: "
-                    f"{gain.value:.3g}{width} {metric}"
+                    f"{digits_text(gain.value, 3)}{width} {metric}"
                 )
         if found and not self._experts:
             raise TaskError("experts: none beats the base on its task, so what a merge keeps of them has no meaning")
