@@ -120,7 +120,7 @@ def run(
     """
     results.mkdir(parents=True, exist_ok=True)
     experts = experts_of(zoo, config["sets"][name])
-    statistics = Statistics(config, zoo, experts, work / "statistics")
+    statistics = Statistics(config, zoo, experts, work / "statistics" / zoo.folder.name)
     bench = _Bench(config, zoo, experts, statistics, results / f"{name}.jsonl", work / name)
     for method in chosen:
         if not bench.suits(method):
@@ -150,7 +150,12 @@ def _choose(options: argparse.Namespace, config: Mapping[str, Any], zoo: Zoo, re
     results.mkdir(parents=True, exist_ok=True)
     name, experts = options.set, experts_of(zoo, config["sets"][options.set])
     bench = _Bench(
-        config, zoo, experts, Statistics(config, zoo, experts, work / "statistics"), results / choices.FILE, work / name
+        config,
+        zoo,
+        experts,
+        Statistics(config, zoo, experts, work / "statistics" / zoo.folder.name),
+        results / choices.FILE,
+        work / name,
     )
     found = choices.measure(
         name,

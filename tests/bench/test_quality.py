@@ -514,7 +514,7 @@ def test_with_sequences_methods_with_data_are_tuned_on_so_many_alone(tmp_path, m
 
     monkeypatch.setattr(quality._Bench, "measure", measure)
     monkeypatch.setattr(quality, "experts_of", lambda zoo, chosen: {"french": tmp_path, "maths": tmp_path})
-    zoo = SimpleNamespace(base=tmp_path)
+    zoo = SimpleNamespace(base=tmp_path, folder=tmp_path)
     wanted = {"tune": True, "restored_too": False, "only": 16}
     quality.run("two", CONFIG | {"most_wider": 0}, ["cat", "lines"], zoo, tmp_path, tmp_path / "work", **wanted)
     assert measured_with == [
