@@ -127,9 +127,10 @@ class FromData:
 
     which are fitted block by block within the merge, before the method runs. For these it declares the parameters `weight`
     (per model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them. With
-    `learning` they are instead learnt by gradients of the whole merged model, and of the shape [1], or [chunks] where every
-    chunk has its own, or where every column has, of a shape that is multiplied with the tensor entry by entry. The method then declares `weight` (per
-    model), `steps`, `rate` and `batch`, as `adamerging` explains them. Or
+    `learning` they are instead learnt by gradients of the whole merged model, and of the shape [1]; or [chunks], where every
+    chunk has its own; or where every column has, of a shape that is multiplied with the tensor entry by entry. The method
+    then declares `weight` (per model), `steps`, `rate` and `batch`, as `adamerging` explains them, and `chunks` where these
+    have coefficients. Or
 
         groups               the group of every output and every input of a tensor that holds hidden units, for each axis in
                              turn, shape [rows + columns]; inputs are numbered from -1 downwards

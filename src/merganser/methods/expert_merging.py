@@ -58,9 +58,9 @@ def expert_merging(
         regulariser: Pulls towards start. Without it the loss is 1 at the start, and 0 where all outputs are equal.
 
     Differs from the paper:
-        The paper lowers the divergence between the logits of the whole merged model and of each model, with two whole
-        models in memory, and takes hidden states only as an addition (`expert_merging_whole` does so). Here every block is learnt by itself, from hidden
-        states alone, after the blocks before it.
+        The paper lowers the divergence between the logits of the whole merged model and of each model, as
+        `expert_merging_whole` does, and takes hidden states only as an addition. Here every block is learnt by itself, from
+        hidden states alone, after the blocks before it.
         The squared error is divided by that at the start, so that deep blocks, whose outputs are large, and models that
         differ much count alike; the regulariser thereby has no unit. The paper's is 5 (0.1 in its code) on another scale.
         The optimiser is Adam without decay of weights and with one falling rate, not AdamW with warm restarts.
