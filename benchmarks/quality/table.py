@@ -90,9 +90,10 @@ def _shown(entry: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def _with_fewer(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the entries, with one at fewer tokens only of a method with data that has none at the usual number: the one at the most.
+    """Return the entries, without those whose statistics are of fewer tokens than usual, where there is one of the usual number.
 
-    It has the label of what it stands in for, and a mark, `fewer`.
+    Where a method has none of the usual number, its entry of the most tokens stands for it: under the usual label, "default" or
+    "tuned", and with the mark `fewer`.
     """
     found: dict[tuple[str, str], Mapping[str, Any]] = {(e["method"], e["label"]): e for e in entries if not _few(e)}
     for entry in sorted(filter(_few, entries), key=_tokens_of, reverse=True):

@@ -3,12 +3,28 @@
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from ..method import Count, FromData, NonNegative, Number, PerModel, Positive, default, merge_method
 from ..ops import deltas
 
 Sigmoid = Annotated[Tensor, Number(0.0, 1.0, open=True, search=(0.05, 0.5))]
+
+
+def add_chunks(base: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Tensor:
+    """Return the base plus task vectors, each of whose chunks of consecutive elements has a coefficient.
+
+    Args:
+        base: The base.
+        vectors: The task vectors, in the shape of the base.
+        coefficients: Of each task vector, shape [chunks]. Where chunks cannot be equal, the first have one element more.
+    """
+    merged = base
+    for vector, own in zip(vectors, coefficients, strict=True):
+        pieces = vector.flatten().tensor_split(len(own))
+        merged = merged + torch.cat([c * piece for c, piece in zip(own, pieces, strict=True)]).view(base.shape)
+    return merged
 
 
 @merge_method(
@@ -75,12 +91,4 @@ def expert_merging(
         for vector in vectors[1:]:
             total = total + vector
         return base + start * total
-    merged = base.flatten().clone()
-    for own, vector in zip(coefficients, vectors, strict=True):
-        # the same number of pieces, whose sizes differ by one at most
-        flat = vector.flatten()
-        for piece, part, coefficient in zip(
-            merged.tensor_split(len(own)), flat.tensor_split(len(own)), own, strict=True
-        ):
-            piece += coefficient * part
-    return merged.view(base.shape)
+    return add_chunks(base, vectors, coefficients)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..method import Count, FromData, Learning, NonNegative, PerModel, Positive, default, merge_method
 from ..ops import deltas
 from .dam import divergence
-from .expert_merging import Sigmoid
+from .expert_merging import Sigmoid, add_chunks
 
 
 def first_value(start: Tensor) -> float:
@@ -88,12 +88,6 @@ def expert_merging_whole(
         The models run on their data once, block by block; the merged model is run and differentiated block by block in each
         step, with weights made anew, in float32. Statistics hold c, not s(c).
     """
-    merged = base
-    for i, vector in enumerate(deltas(base, models)):
-        if coefficients is None:
-            merged = merged + start * vector
-            continue
-        own = coefficients[i].sigmoid()
-        pieces = [c * piece for c, piece in zip(own, vector.flatten().tensor_split(len(own)), strict=True)]
-        merged = merged + torch.cat(pieces).view(base.shape)
-    return merged
+    vectors = deltas(base, models)
+    firsts = [start[None]] * len(vectors)
+    return add_chunks(base, vectors, firsts if coefficients is None else [own.sigmoid() for own in coefficients])

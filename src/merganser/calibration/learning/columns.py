@@ -52,7 +52,8 @@ def coefficient_shape(shape: Sequence[int], axis: int | None = None, chunks: int
     Args:
         shape: The tensor's.
         axis: The axis whose indices have coefficients of their own; None where no axis has.
-        chunks: Without an axis, into how many pieces of consecutive elements the tensor is cut: as many as it has at most.
+        chunks: Without an axis, into how many pieces of consecutive elements the tensor is cut; never more than it has
+            elements.
     """
     if axis is None:
         return (max(1, min(chunks, math.prod(shape))),)

@@ -19,7 +19,7 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
 
 class Undecomposed(MethodError):
-    """A matrix has no decomposition, as none has that holds NaN or infinity."""
+    """The decomposition of a matrix did not converge; it never does for one that holds NaN or infinity."""
 
 
 def call(method: MergeMethod, function: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
