@@ -119,9 +119,7 @@ def run(
     With `only`, methods with data are measured and tuned on so many sequences of each text, and in no other way.
     """
     results.mkdir(parents=True, exist_ok=True)
-    experts = experts_of(zoo, config["sets"][name])
-    statistics = Statistics(config, zoo, experts, work / "statistics" / zoo.folder.name)
-    bench = _Bench(config, zoo, experts, statistics, results / f"{name}.jsonl", work / name)
+    bench = _bench(config, zoo, name, results / f"{name}.jsonl", work)
     for method in chosen:
         if not bench.suits(method):
             continue
@@ -148,19 +146,12 @@ def run(
 def _choose(options: argparse.Namespace, config: Mapping[str, Any], zoo: Zoo, results: Path, work: Path) -> None:
     """Let auto, or a search, choose for a set of experts, and measure what it chose."""
     results.mkdir(parents=True, exist_ok=True)
-    name, experts = options.set, experts_of(zoo, config["sets"][options.set])
-    bench = _Bench(
-        config,
-        zoo,
-        experts,
-        Statistics(config, zoo, experts, work / "statistics" / zoo.folder.name),
-        results / choices.FILE,
-        work / name,
-    )
+    name = options.set
+    bench = _bench(config, zoo, name, results / choices.FILE, work)
     found = choices.measure(
         name,
         zoo,
-        experts,
+        bench.experts,
         bench.evaluate,
         results,
         work,
@@ -217,7 +208,8 @@ class _Bench:
         file: Path,
         folder: Path,
     ) -> None:
-        self._config, self._zoo, self._experts, self._file = config, zoo, experts, file
+        self.experts = experts
+        self._config, self._zoo, self._file = config, zoo, file
         self._statistics = statistics
         self._known = table.read(file)
         table.drop_rest(file)
@@ -291,14 +283,14 @@ class _Bench:
         return _score(result)
 
     def _evaluate_merge(self, recipe: Path, split: str) -> dict[str, Any]:
-        return self.evaluate(str(recipe), self._experts, split)
+        return self.evaluate(str(recipe), self.experts, split)
 
     def _evaluate_restored(self, recipe: Path, split: str) -> dict[str, Any]:
         out = self._folder / "restored"
         stored = merge(recipe, out, overwrite=True).record["sidecars"]
         parts = {
-            domain: self.evaluate(f"{out}#{task['name']}", {domain: self._experts[domain]}, split)
-            for domain, task in zip(self._experts, stored["tasks"], strict=True)
+            domain: self.evaluate(f"{out}#{task['name']}", {domain: self.experts[domain]}, split)
+            for domain, task in zip(self.experts, stored["tasks"], strict=True)
         }
         shutil.rmtree(out)
         return restored.combined(parts, stored)
@@ -320,7 +312,7 @@ class _Bench:
         }
         for entry, path in zip(recipe["models"], models, strict=True):
             if takes_data(method_of(method)):
-                domain = next(domain for domain, expert in self._experts.items() if expert == path)
+                domain = next(domain for domain, expert in self.experts.items() if expert == path)
                 entry |= self._statistics.of(domain, method_of(method), sequences)
         if base:
             recipe["base_model"] = str(base)
@@ -330,7 +322,7 @@ class _Bench:
 
     def _merged(self, method: str) -> tuple[Path | None, list[Path]]:
         """Return the base and the models of a recipe: the first expert is the base of methods that take one model."""
-        declared, models = method_of(method), list(self._experts.values())
+        declared, models = method_of(method), list(self.experts.values())
         if declared.base == "required" and declared.max_models == 1:
             return models[0], models[1:]
         return None if declared.base == "unused" else self._zoo.base, models
@@ -339,6 +331,13 @@ class _Bench:
 def _score(result: Mapping[str, Any]) -> float:
     mean = table.mean_recovered(result)
     return float("-inf") if mean is None else mean[0]
+
+
+def _bench(config: Mapping[str, Any], zoo: Zoo, name: str, file: Path, work: Path) -> _Bench:
+    experts = experts_of(zoo, config["sets"][name])
+    # statistics of one expert serve every set of its zoo
+    statistics = Statistics(config, zoo, experts, work / "statistics" / zoo.folder.name)
+    return _Bench(config, zoo, experts, statistics, file, work / name)
 
 
 if __name__ == "__main__":

@@ -400,6 +400,16 @@ def test_not_finite(three: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_matrices_that_cannot_be_decomposed(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.linalg.LinAlgError("the algorithm did not converge")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("merganser.engine.adapters.merge.open_space", fail)
+    with pytest.raises(MergeError, match=r"layers\..*_proj: merge method linear: the algorithm did not converge"):
+        merganser.merge(recipe("linear", *three, parameters={"weight": 1.0}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_and_models_together(three: list[Path], tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", llama(0), llama_config())
     with pytest.raises(RecipeError, match=r"a0 is an adapter, and .*base is a model. Write MODEL\+ADAPTER"):

@@ -130,6 +130,8 @@ def _merge(plan: AdapterPlan, module: PlannedModule, rank: int, reader: Reader) 
         found = (_by_factors if plan.of_factors else _by_weights)(plan, module, pairs, rank)
     except MergeError as error:
         raise type(error)(f"{module.name}: {error}") from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise MergeError(f"{module.name}: merge method {plan.method.name}: {error}") from error
     dtype = getattr(torch, plan.dtype)
     left, right = _padded(found.left.to(dtype), found.right.to(dtype), rank)
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
