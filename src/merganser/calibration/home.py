@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ..engine.output.failure import failures_of
-from ..engine.output.leftovers import discard
-from ..engine.output.lock import lock_target
-from ..engine.output.ownership import MARKER, claim, survey
+from ..engine.output.beside import continued_folder_beside
+from ..engine.output.ownership import MARKER
 from ..engine.plan.plan import Plan
 from ..engine.run import Interrupted
-from ..errors import MergeError, OutputError
 from ..recipe import Recipe
 from ..recipe.document.place import Place
 from ..statistics import CalibrationPlan
@@ -31,7 +28,7 @@ from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, pla
 from .target import LEFT, working_names
 from .within.for_recipe import make_within
 
-__all__ = ["Progress", "StatisticsHome", "statistics_folder", "statistics_home"]
+__all__ = ["Progress", "StatisticsHome", "statistics_home"]
 
 
 PlanMerge = Callable[[Recipe], Plan]
@@ -155,11 +152,6 @@ def _stoppable(place: Place, what: str) -> Iterator[None]:
         raise Interrupted(f"{place}: stopped while {what} calibrated; run the same command again to continue") from None
 
 
-def statistics_folder(out: Path) -> Path:
-    """Return the folder next to a target in which statistics are made."""
-    return out.with_name(f".{out.name}.statistics")
-
-
 @contextlib.contextmanager
 def statistics_home(
     out: Path, plans: Sequence[CalibrationPlan], *, fresh: bool, cache_dir: Path | None, plan_merge: PlanMerge
@@ -176,25 +168,9 @@ def statistics_home(
     Raises:
         OutputError: The folder holds what merganser did not write, cannot be written, or another run uses it.
     """
-    home = statistics_folder(out)
-    lock = home.with_name(f"{home.name}.lock")
-    guard = lock_target(out, lock)
-    try:
-        with failures_of(home):
-            found = survey(home)
-            if fresh:
-                found.remove()
-            home.mkdir(exist_ok=True)
-            claim(home, [name for plan in plans for name in _names(plan)])
-        try:
-            yield StatisticsHome(home, cache_dir, plan_merge)
-        except MergeError as error:
-            if not isinstance(error, OutputError):
-                discard(home)
-            raise
-        discard(home)
-    finally:
-        guard.release()
+    names = [name for plan in plans for name in _names(plan)]
+    with continued_folder_beside(out, "statistics", names, fresh=fresh) as home:
+        yield StatisticsHome(home, cache_dir, plan_merge)
 
 
 def _names(plan: CalibrationPlan) -> list[str]:

@@ -137,8 +137,8 @@ def merge(
         MergeError: A recipe, an input or the target is invalid; the message says why.
         Interrupted: Ctrl-C was pressed; the same call continues the run.
     """
+    from .output.beside import continued_folder_beside
     from .output.staging import check_target
-    from .permutation.keep import permutations_home
 
     _check_options(merge, options)
     if progress is None and in_notebook():
@@ -149,7 +149,7 @@ def merge(
     with contextlib.ExitStack() as stack:
         if any(each.align for each in recipes):
             check_target(out, overwrite=overwrite)
-            options["permutations"] = stack.enter_context(permutations_home(out, fresh=fresh))
+            options["permutations"] = stack.enter_context(continued_folder_beside(out, "permutations", fresh=fresh))
         if len(recipes) == 1 and not recipes[0].names_data:
             return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
         check_target(out, overwrite=overwrite)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +17,9 @@ from ..errors import OutputError
 from ..jsonfile import os_reason
 from .kernels.assignment import untouched
 from .kernels.blocks import BLOCK
-from .output.failure import failures_of
-from .output.leftovers import discard
-from .output.lock import lock_target
-from .output.ownership import claim, survey
-from .output.staging import resolve_target
 from .plan.tensor import PlannedTensor
 
-__all__ = ["TensorSpool", "copied_from", "folder_beside"]
-
-_WORK = "work"
-"""The folder within the one beside a target, in which everything is written."""
+__all__ = ["TensorSpool", "copied_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,33 +128,3 @@ def copied_from(
     if name is None:
         return found
     return replace(found, name=name, data={}, turned=False, block_limit=BLOCK, quantised=None, gguf=None)
-
-
-@contextmanager
-def folder_beside(target: Path, doing: str) -> Iterator[Path]:
-    """Make a folder next to a target, on its disk, which is removed at the end.
-
-    If this run is killed, the next one of the same name removes the folder before it makes its own.
-
-    Args:
-        target: The target.
-        doing: What is done meanwhile, for the folder's name.
-
-    Raises:
-        OutputError: It cannot be made, holds what merganser did not write, or another run uses it.
-    """
-    target = resolve_target(target)
-    home = target.with_name(f".{target.name}.{doing}")
-    guard = lock_target(target, home.with_name(f"{home.name}.lock"))
-    try:
-        with failures_of(target):
-            survey(home).remove()
-            home.mkdir()
-            claim(home, [f"{_WORK}/"])
-            (home / _WORK).mkdir()
-        try:
-            yield home / _WORK
-        finally:
-            discard(home)
-    finally:
-        guard.release()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
+from ...engine.new_tensors import TensorSpool, copied_from
+from ...engine.output.beside import folder_beside
 from ...engine.output.staging import check_target
 from ...engine.plan.part import place
 from ...engine.plan.sections.healing import HealingSummary

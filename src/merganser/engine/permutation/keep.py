@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import MergeError, OutputError
 from ...files import sealed_line, unseal_line
 from ...jsonfile import open_regular
 from ..output.failure import failures_of
-from ..output.leftovers import discard
-from ..output.lock import lock_target
-from ..output.ownership import claim, survey
+from ..output.ownership import claim
 from .assignment import Order, Orders
 
-__all__ = ["Kept", "permutations_home"]
+__all__ = ["Kept"]
 
 _LONGEST = 1 << 24
 """Read lines up to this length, bytes: more than a line of the largest group has."""
@@ -76,34 +71,3 @@ def _stored(order: Order) -> list[int] | int:
 
 def _order(stored: list[int] | int) -> Order:
     return np.arange(stored) if isinstance(stored, int) else np.array(stored, np.int64)
-
-
-@contextlib.contextmanager
-def permutations_home(out: Path, *, fresh: bool) -> Iterator[Path]:
-    """Lock the folder for permutations beside a target; remove it at the end, unless the run can be continued.
-
-    Args:
-        out: The target.
-        fresh: Whether to remove what an interrupted run left.
-
-    Raises:
-        OutputError: The folder holds what merganser did not write, cannot be written, or another run uses it.
-    """
-    home = out.with_name(f".{out.name}.permutations")
-    guard = lock_target(out, home.with_name(f"{home.name}.lock"))
-    try:
-        with failures_of(home):
-            found = survey(home)
-            if fresh:
-                found.remove()
-            home.mkdir(exist_ok=True)
-            claim(home, [])
-        try:
-            yield home
-        except MergeError as error:
-            if not isinstance(error, OutputError):
-                discard(home)
-            raise
-        discard(home)
-    finally:
-        guard.release()

@@ -13,7 +13,8 @@ import torch
 from ...calibration.preparation import Data, Prepared, prepare
 from ...checkpoint import Checkpoint, plan_shards
 from ...engine.alignment.complete import check_complete
-from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
+from ...engine.new_tensors import TensorSpool, copied_from
+from ...engine.output.beside import folder_beside
 from ...engine.output.staging import check_target
 from ...engine.plan.part import place
 from ...engine.plan.plan import Plan

@@ -5,32 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from ....errors import CheckpointError
 from ....wording import brief
-from ...derived.derived import read_rows
-from ...tensor import ByteReader, TensorInfo
 from .noise import FloatNoise
 from .pool import Pool, flaw
-from .scales import Scales, scales_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .scales import Scaled, scales_of
 
 __all__ = ["read_fp8"]
 
 _MANTISSA = {"float8_e4m3fn": 3, "float8_e4m3fnuz": 3, "float8_e5m2": 2, "float8_e5m2fnuz": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class _Scaled:
-    weight: TensorInfo
-    scales: Scales
-
-    def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
-        return read_rows(reader, self.weight, first, end).float() * self.scales.at(reader, first, end)
 
 
 def read_fp8(pool: Pool) -> None:
@@ -56,7 +39,7 @@ def read_fp8(pool: Pool) -> None:
             name,
             weight.shape,
             [weight, scale],
-            _Scaled(weight, scales),
+            Scaled(weight, scales),
             scheme=f"{weight.dtype.name} per {'row' if scales.grid == (scales.rows, 1) else tile}",
             noise=FloatNoise(_MANTISSA[weight.dtype.name]),
         )

@@ -19,27 +19,12 @@ from ...tensor import ByteReader, TensorInfo
 from .bits import unpack, unpack_apart, words_for
 from .noise import StepNoise
 from .pool import Pool, flaw
-from .scales import Scales, scales_of
+from .scales import Scaled, Scales, scales_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["read_integers"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """int8 that are not packed."""
-
-    weight: TensorInfo
-    scales: Scales
-    zeros: Scales | None
-
-    def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
-        values = read_rows(reader, self.weight, first, end).float()
-        if self.zeros is not None:
-            values -= self.zeros.at(reader, first, end)
-        return values * self.scales.at(reader, first, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +122,7 @@ def _read_plain(pool: Pool, weight: TensorInfo, scale: TensorInfo) -> None:
     noise = StepNoise(scales.block[1], 254, symmetric=zeros is None)
     scheme = f"int8 in groups of {scales.block[1]}" if scales.block[1] < scales.columns else "int8"
     pool.make(
-        weight.name, weight.shape, [weight, scale, zeros], _Plain(weight, scales, lie), scheme=scheme, noise=noise
+        weight.name, weight.shape, [weight, scale, zeros], Scaled(weight, scales, lie), scheme=scheme, noise=noise
     )
 
 

@@ -13,7 +13,7 @@ from .pool import flaw
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scales", "scales_of", "to_float"]
+__all__ = ["Scaled", "Scales", "scales_of", "to_float"]
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2", "uint8")
 _TILE = 128
@@ -52,6 +52,22 @@ class Scales:
         if self.grid[1] == 1 or self.block[1] == 1:
             return found
         return found.repeat_interleave(self.block[1], 1)[:, : self.columns]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Rows of a weight whose stored numbers are not packed: `W = (q - zero) * scale`, or `q * scale` without zeros."""
+
+    weight: TensorInfo
+    scales: Scales
+    zeros: Scales | None = None
+
+    def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
+        """Return rows of the weight (matrices one below the other): float32, [rows, columns]."""
+        values = read_rows(reader, self.weight, first, end).float()
+        if self.zeros is not None:
+            values -= self.zeros.at(reader, first, end)
+        return values * self.scales.at(reader, first, end)
 
 
 def to_float(scales: Tensor) -> Tensor:

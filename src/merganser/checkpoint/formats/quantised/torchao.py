@@ -21,7 +21,7 @@ from ...tensor import ByteReader, Noise, TensorInfo
 from .bits import nibbles
 from .noise import FloatNoise, StepNoise
 from .pool import Pool, flaw
-from .scales import Scales, scales_of
+from .scales import Scaled, scales_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,19 +43,6 @@ _REFUSED = {
 """Why classes cannot be read that torchao writes into safetensors."""
 
 _BITS = re.compile(r"u?int([1-8])")
-
-
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    weight: TensorInfo
-    scales: Scales
-    zeros: Scales | None
-
-    def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
-        values = read_rows(reader, self.weight, first, end).float()
-        if self.zeros is not None:
-            values -= self.zeros.at(reader, first, end)
-        return values * self.scales.at(reader, first, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +123,7 @@ def _read(pool: Pool, weight: TensorInfo, name: str, prefix: str) -> None:
         name,
         weight.shape,
         [weight, scale, zeros],
-        _Affine(weight, scales, lie),
+        Scaled(weight, scales, lie),
         scheme=f"torchao {kind} per {scales.block[0]}x{scales.block[1]}",
         noise=noise,
     )
