@@ -14,16 +14,17 @@ from torch import Tensor
 
 import merganser
 from merganser.calibration import run
-from merganser.calibration.data.batches import Padded
+from merganser.calibration.data.batches import Padded, Sample, Tokens, make_batches
 from merganser.calibration.forward import stream
-from merganser.calibration.reverse import backward
+from merganser.calibration.forward.skeleton import Skeleton
+from merganser.calibration.reverse import backward, check_predicts
 from merganser.calibration.reverse import run as reverse_run
 from merganser.calibration.reverse.loss import Loss
-from merganser.checkpoint import Reader
+from merganser.checkpoint import Reader, open_checkpoint
 from merganser.cli import main
 from merganser.errors import DataError, NonFiniteError, UnsupportedError
 from merganser.statistics import Statistics
-from tests.calibration.families import FAMILIES
+from tests.calibration.families import FAMILIES, save
 from tests.calibration.literal import gradients_of
 from tests.calibration.test_calibrate import _model, _sequences, _Stop, _texts
 from tests.evaluation.tiny import text
@@ -354,3 +355,12 @@ def test_the_command_tells_the_loss(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["calibrate", str(model), "--data", str(data), "--statistics", "fischer", "--out", str(tmp_path / "b")])
     assert ended.value.code == 2
     assert "unknown statistic 'fischer'. Did you mean 'fisher'?" in capsys.readouterr().err
+
+
+def test_every_sequence_of_a_batch_may_have_the_predicted_tokens(tmp_path: Path) -> None:
+    first_alone = Sample((Tokens((3, 4, 5, 6), (True, False, False, False)),), "long")
+    both = Sample((Tokens((3, 4), (False, True)),), "short")
+    with Skeleton(open_checkpoint(str(save(tmp_path / "model", "llama")))) as skeleton:
+        check_predicts(skeleton, make_batches([first_alone, both], 2048, 0))
+        with pytest.raises(DataError, match="long: no token that counts follows another one"):
+            check_predicts(skeleton, make_batches([first_alone, first_alone], 2048, 0))

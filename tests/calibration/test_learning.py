@@ -297,10 +297,10 @@ def test_what_cannot_be_learnt_is_refused(llama: Family, tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="different steps"):
         plan(written(llama, "adamerging", steps=uneven))
     recipe = written(llama, "adamerging", steps=1)
-    (tmp_path / "short.jsonl").write_text('{"prompt": "a b c", "completion": ""}\n')
+    # the only token, which no other one predicts
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     recipe["models"][1]["data"]["files"] = str(tmp_path / "short.jsonl")
-    recipe["models"][1]["data"]["tokens"] = "completions"
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="no token that counts follows another one, so there is no loss"):
         plan(recipe)
     encoder = make_family(tmp_path / "bert", "bert")
     with pytest.raises(UnsupportedError, match="does not predict the next token"):

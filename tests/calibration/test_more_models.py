@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import merganser
+from merganser.calibration.forward.internals import build_skeleton
 from merganser.checkpoint import Reader
 from merganser.errors import CheckpointError, DataError, UnsupportedError
 from merganser.statistics import Statistics
@@ -175,3 +176,20 @@ def test_models_that_are_refused(reason: str, tmp_path: Path) -> None:
         merganser.calibrate(model, file, tmp_path / "out")
     assert "\n" not in str(found.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_not_used(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config.pad_token_id = 320
+    model = _saved(tmp_path / "model", "GPT2LMHeadModel", config)
+    found = merganser.calibrate(model, _texts(tmp_path, (9, 4)), tmp_path / "out")
+    assert found.about["parts"][0]["sequences"] == 2
+
+
+def test_no_part_of_a_model_keeps_a_cache() -> None:
+    vision = {"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 4, **_SMALL}
+    config = transformers.Gemma3Config(text_config={**_SMALL, "head_dim": 8}, vision_config=vision)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    model = build_skeleton(config, torch.float32)
+    assert not model.config.use_cache
+    assert not model.config.text_config.use_cache

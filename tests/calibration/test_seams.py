@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -19,10 +20,11 @@ from merganser.calibration.seams.places import find_pieces, find_seams
 from merganser.engine.merge import merge
 from merganser.errors import OutputError
 from merganser.record import verify
+from tests.calibration.families import FAMILIES
 from tests.calibration.merging import LENGTH, Family, make_family
 from tests.cli.tiny import run
 from tests.engine.interrupting import die, in_a_process
-from tests.evaluation.tiny import text
+from tests.evaluation.tiny import add_tokenizer, text
 
 Slices = list[list[tuple[str, int, int]]]
 
@@ -292,3 +294,27 @@ def test_the_command(llama: Family, tmp_path: Path) -> None:
     assert "1 seam · " in shown.out
     assert "model0 2 | model1 1" in shown.out
     assert "best of its models" in shown.out
+
+
+def test_layers_after_merged_ones_are_fitted_to_the_model_that_they_are_of(llama: Family, tmp_path: Path) -> None:
+    """The first model has too few layers to go on with."""
+    torch.manual_seed(0)
+    short = make_family(tmp_path, "llama", 0, base=_of_layers(tmp_path / "short", 3)).base
+    slices: Slices = [
+        [(str(short), 0, 2)],
+        [(str(short), 1, 3), (str(llama.models[0]), 1, 3)],
+        [(str(llama.models[0]), 3, 4)],
+    ]
+    merge(recipe(slices, "linear") | {"parameters": {"weight": 1.0}}, tmp_path / "stack")
+    found = heal(tmp_path / "stack", [llama.data[0]], tmp_path / "healed", length=LENGTH)
+    assert [seam.position for seam in found.seams] == [2]
+    fitted = [own["name"] for own in found.tensors]
+    assert {name.split(".")[2] for name in [*fitted, *found.skipped]} == {"1", "2", "3", "4"}
+
+
+def _of_layers(folder: Path, count: int) -> Path:
+    config = FAMILIES["llama"][0]()
+    config.num_hidden_layers = count
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder

@@ -17,6 +17,7 @@ from merganser.engine.merge import merge
 from merganser.engine.planner.planner import build_plan
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe
+from merganser.statistics import Statistics, open_statistics
 from tests.calibration.families import FAMILIES
 from tests.calibration.merging import BLOCKS, LENGTH, Family, make_family
 from tests.evaluation.tiny import add_tokenizer
@@ -284,3 +285,46 @@ def test_hidden_units_are_zipped_by_what_they_compute(name: str, tmp_path: Path)
         average = sum(model.state_dict()[key].double() for model in models) / 2
         moved = max(moved, float((expected[key] - average).abs().max()))
     assert moved > 0.01
+
+
+@pytest.mark.parametrize("method", ["featcal", "pleas"])
+def test_a_matrix_that_is_used_twice_in_a_block_is_compared_use_by_use(
+    method: str, llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of equal models are the same in all uses, so that their cross moments are their moments."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x)
+        used: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * up) + self.down_proj(up)
+        return used
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    shutil.copytree(llama.models[0], tmp_path / "copy")
+    twins = Family("llama", llama.base, [llama.models[0], tmp_path / "copy"], [llama.data[0]] * 2)
+    found = twins.calibrate(method, tmp_path / "statistics")[0]
+    alone = merganser.calibrate(twins.models[0], [twins.data[0]], tmp_path / "alone", length=LENGTH)
+    name = "model.layers.0.mlp.down_proj.weight"
+    pairs, own = _sums(found), _sums(alone)
+    assert pairs[f"count/{name}"] == 2 * found.about["parts"][0]["counted"]
+    torch.testing.assert_close(pairs[f"cross_gram/{name}"], own[f"gram/{name}"], rtol=1e-5, atol=1e-5)
+
+
+def _sums(found: Statistics) -> dict[str, torch.Tensor]:
+    return {name: own for file in found.about["files"] for name, own in load_file(found.path / file).items()}
+
+
+def test_hidden_units_of_a_matrix_that_is_used_twice_are_zipped(
+    llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        used: torch.Tensor = self.down_proj(hidden) + self.down_proj(2 * hidden)
+        return used
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    recipe = llama.recipe("zipit") | {"data": {"files": str(llama.data[0]), "length": LENGTH}}
+    del recipe["base_model"]
+    recipe["keep_statistics"] = str(tmp_path / "kept")
+    merge(recipe, tmp_path / "out")
+    found = open_statistics(tmp_path / "kept/within-1/model0")
+    assert _sums(found)["count/model.layers.0.mlp.down_proj.weight"] == 2 * found.about["parts"][0]["counted"]

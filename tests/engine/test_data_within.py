@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser.calibration.forward.stream import Stream
@@ -72,7 +72,9 @@ def test_kept_statistics_are_taken_for_the_same_merge_alone(
 ) -> None:
     recipe = written(llama, keep_statistics=str(tmp_path / "kept"))
     merge(recipe, tmp_path / "one")
-    with pytest.raises(OutputError, match=r"within-1/model0: .* measured within another merge than the recipe's"):
+    with pytest.raises(
+        OutputError, match=r"within-1/model0: the statistics there are of another merge than the recipe's"
+    ):
         merge({**recipe, "parameters": {"alpha": 0.25}}, tmp_path / "two")
     other = written(llama, keep_statistics=str(tmp_path / "kept"))
     other["models"][0]["data"]["length"] = LENGTH // 2
@@ -175,3 +177,43 @@ def test_what_does_not_fit_is_refused(llama: Family, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=message):
             merge(recipe, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["statistics"]
+
+
+def test_kept_statistics_of_another_merge_are_refused_by_the_plan(llama: Family, tmp_path: Path) -> None:
+    recipe = written(llama, keep_statistics=str(tmp_path / "kept"))
+    merge(recipe, tmp_path / "one")
+    assert [own.present for own in plan(recipe).calibrations] == [True, True]
+    message = (
+        r"^[^\n]*models\[0\]: data: [^:]*within-1/model0: the statistics there are of another merge than the recipe's"
+    )
+    with pytest.raises(OutputError, match=message):
+        plan({**recipe, "parameters": {"alpha": 0.25}})
+
+
+def test_kept_statistics_are_of_weights_that_the_plan_compares(tmp_path: Path) -> None:
+    family = make_family(tmp_path, "llama")
+    recipe = written(family, "regmean", keep_statistics=str(tmp_path / "kept"))
+    merge(recipe, tmp_path / "out")
+    file = family.models[1] / "model.safetensors"
+    save_file({name: own + 0.1 for name, own in load_file(file).items()}, file, {"format": "pt"})
+    for run in (plan, lambda given: merge(given, tmp_path / "other")):
+        with pytest.raises(
+            OutputError, match="model1: the statistics there are of other weights than the recipe's"
+        ) as told:
+            run(recipe)
+        assert str(told.value).count("data:") == 1
+
+
+def test_fitted_coefficients_are_of_batches_of_one_size(llama: Family, tmp_path: Path) -> None:
+    recipe = written(
+        llama, "expert_merging", keep_statistics=str(tmp_path / "kept"), parameters={"steps": 2, "batch": 4}
+    )
+    for own in recipe["models"]:
+        own["data"]["batch_tokens"] = 16
+    merge(recipe, tmp_path / "one")
+    for own in recipe["models"]:
+        own["data"]["batch_tokens"] = 2048
+    message = r"model0: the statistics there are of batches of another size \(batch_tokens\) than the recipe's"
+    with pytest.raises(OutputError, match=message) as told:
+        merge(recipe, tmp_path / "two")
+    assert str(told.value).count("data:") == 1

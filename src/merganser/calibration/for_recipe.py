@@ -33,6 +33,7 @@ __all__ = [
     "folder_name",
     "free_name",
     "make_statistics",
+    "placed",
     "plan_statistics",
     "prepared_for",
     "wanted_by",
@@ -217,7 +218,9 @@ def with_statistics(recipe: Recipe, folders: Mapping[Wanted, Path]) -> Recipe:
     )
 
 
-def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: Path | None) -> CalibrationPlan:
+def plan_statistics(
+    wanted: Wanted, folder: Path, kept: Path | None, cache_dir: Path | None, merge: str | None = None
+) -> CalibrationPlan:
     """Plan a calibration, and lay out its statistics without values, for planning the merge.
 
     Args:
@@ -225,16 +228,17 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
         folder: The folder to write, which must not exist.
         kept: Where the statistics will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
+        merge: The hash of the merge within which they are measured; None if there is none, or it is not known yet.
 
     Raises:
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
-    with prepared_for(wanted, cache_dir) as prepared:
+    with placed(wanted), prepared_for(wanted, cache_dir) as prepared:
         plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.mode)
         lay_out(prepared, blocks, folder, wanted.mode)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
         if present and kept is not None:
-            check_same(open_statistics(kept), prepared, kept, hashing=False)
+            check_same(open_statistics(kept), prepared, kept, merge=merge, hashing=False)
         return replace(plan, present=present)
 
 
@@ -253,7 +257,7 @@ def make_statistics(
     Raises:
         MergeError: They cannot be made; the message begins with the place in the recipe.
     """
-    with prepared_for(wanted, cache_dir) as prepared:
+    with placed(wanted), prepared_for(wanted, cache_dir) as prepared:
         tidy(folder)
         if (folder / STATISTICS_NAME).exists():
             try:
@@ -270,36 +274,56 @@ def make_statistics(
 
 @contextmanager
 def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
-    """Prepare a calibration; errors begin with the place in the recipe."""
+    """Prepare a calibration."""
     data = wanted.data
+    with prepare(
+        wanted.model,
+        data.source,
+        statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS, GROUPS)],
+        choice=data.choice,
+        labels=data.labels or LABELS[0],
+        batch_tokens=data.batch_tokens,
+        cache_dir=cache_dir,
+    ) as prepared:
+        yield prepared
+
+
+@contextmanager
+def placed(wanted: Wanted) -> Iterator[None]:
+    """Let the messages of errors begin with the place in the recipe."""
     try:
-        with prepare(
-            wanted.model,
-            data.source,
-            statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS, GROUPS)],
-            choice=data.choice,
-            labels=data.labels or LABELS[0],
-            batch_tokens=data.batch_tokens,
-            cache_dir=cache_dir,
-        ) as prepared:
-            yield prepared
+        yield
     except MergeError as error:
         raise type(error)(f"{wanted.place}: data: {error}") from None
 
 
-def check_same(present: Statistics, prepared: Prepared, folder: Path, *, hashing: bool) -> None:
+def check_same(
+    present: Statistics, prepared: Prepared, folder: Path, *, hashing: bool, merge: str | None = None
+) -> None:
     """Check that statistics are those that would be made.
 
+    Args:
+        present: The statistics.
+        prepared: What they would be made of.
+        folder: Where they are.
+        hashing: Whether to hash the model's files; otherwise a few of its weights are compared.
+        merge: The hash of the merge within which they would be measured; None to compare none.
+
     Raises:
-        OutputError: They are of another model, or of other data.
+        OutputError: They are of another model, of other data, or of another merge.
     """
     about = prepared.about(hashing=hashing)
+    model, size = present.about["model"], prepared.batch_tokens
+    known = "hash" if hashing else "sample"
     other = {
-        "of other weights": hashing and present.about["model"]["hash"] != about["model"]["hash"],
+        # statistics of an earlier version have no sample
+        "of other weights": model.get(known, about["model"][known]) != about["model"][known],
         "of another tokenizer": present.about["tokenizer"] != about["tokenizer"],
         "of other data, or other sequences of them": present.about["parts"] != about["parts"],
         "of another loss": prepared.labels is not None and present.about.get("labels") != prepared.labels,
         "of other kinds": not set(prepared.statistics) <= set(present.statistics),
+        "of another merge": merge is not None and present.merge != merge,
+        "of batches of another size (batch_tokens)": present.about.get("batch_tokens", size) != size,
     }
     found = next((reason for reason, differs in other.items() if differs), None)
     if found is not None:

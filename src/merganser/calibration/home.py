@@ -27,6 +27,7 @@ from .learning import check_learning
 from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
 from .target import LEFT, working_names
 from .within.for_recipe import make_within
+from .within.walk import merge_identity
 
 __all__ = ["Progress", "StatisticsHome", "statistics_home"]
 
@@ -70,7 +71,11 @@ class StatisticsHome:
             check_learning(self._plan_merge(recipe))
         folders = {each: self.folder / each.name for each in wanted}
         kept = {each: self._kept(recipe, each) for each in wanted}
-        plans += [plan_statistics(each, folders[each], kept[each], self._cache_dir) for each in wanted]
+        merge = None
+        # permutations are found later, and belong to the merge
+        if wanted and wanted[0].mode.inputs != "own" and not matches and recipe.keep_statistics is not None:
+            merge = merge_identity(self._plan_merge(recipe))
+        plans += [plan_statistics(each, folders[each], kept[each], self._cache_dir, merge) for each in wanted]
         return with_statistics(recipe, folders), plans
 
     def make(self, recipe: Recipe, progress: Progress | None) -> Recipe:

@@ -23,11 +23,14 @@ from .forward.skeleton import Block, Skeleton
 from .reducers import REDUCERS, Reducer, products_of
 from .writer import Sum
 
-__all__ = ["Tapped", "Taps", "check_inputs"]
+__all__ = ["Seen", "Tapped", "Taps", "check_inputs"]
 
 _Key = tuple[str, int | None]
 
-Observer = Callable[[str, Tensor], None]
+Observer = Callable[[str, int, Tensor], None]
+
+Seen = dict[tuple[str, int], Tensor]
+"""What matrices received of one batch, by the name of the parameter and how often it was used before."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class Taps:
         skeleton: The model.
         block: One of its blocks.
         statistics: Names of statistics; the number of tokens is always counted.
-        observe: Called with the name of a parameter and its inputs that count, shape [tokens, in], before they are
-            added; once for parameters that receive the same inputs, and not for experts.
+        observe: Called with the name of a parameter, how often its matrix was used before for this batch, and its inputs
+            that count, shape [tokens, in], before they are added; once for parameters that receive the same inputs, and not
+            for experts.
         summed: Whether to sum; otherwise the results only say which sums there would be, of which shapes.
     """
 
@@ -146,7 +150,9 @@ class Taps:
         if leader != parameter:
             return
         self._received.append((weakref.ref(received), parameter))
-        counted = self._counted(parameter, received)
+        call = self._calls[parameter]
+        self._calls[parameter] += 1
+        counted = self._counted(parameter, call, received)
         if counted is None:
             return
         if (parameter, None) not in self._inputs:
@@ -154,7 +160,7 @@ class Taps:
         rows = received.flatten(0, -2)
         rows = rows if bool(counted.all()) else rows[counted]
         if self._observe is not None:
-            self._observe(parameter, rows)
+            self._observe(parameter, call, rows)
         self._inputs[parameter, None].add(rows)
 
     def _prepare_experts(self, name: str, module: Any) -> None:
@@ -174,14 +180,12 @@ class Taps:
         counted = self._batch.stacks[self._block.stack].counted.flatten()[inputs.tokens]
         self._inputs[f"{module}.{inputs.parameter}", inputs.expert].add(inputs.rows[counted])
 
-    def _counted(self, parameter: str, received: Tensor) -> Tensor | None:
+    def _counted(self, parameter: str, call: int, received: Tensor) -> Tensor | None:
         """Return which rows of an input count, bool, shape [rows]; None if the rows are not the batch's tokens."""
         assert self._batch is not None
-        number = self._calls[parameter]
-        self._calls[parameter] += 1
         if self._per_token:
             calls = self._per_token.get(parameter, ())
-            if number >= len(calls) or not calls[number]:
+            if call >= len(calls) or not calls[call]:
                 return None
         padded = self._batch.stack_of(received.shape[:-1])
         if padded is not None:

@@ -92,6 +92,9 @@ def _show(found: Healing, stacked: Path) -> None:
     if found.healed is not None:
         say(f"perplexity on held-out text: {found.perplexity:.2f} before, {found.healed:.2f} after")
     if found.out is None:
-        say("nothing was written: the model would not predict held-out text better than before")
+        why = (
+            "the model would not predict held-out text better than before" if found.tensors else "no tensor was fitted"
+        )
+        say(f"nothing was written: {why}")
         return
     say(f"wrote {found.out} and {found.out / 'merge.json'}")

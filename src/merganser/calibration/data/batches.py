@@ -114,9 +114,10 @@ def longest_first(samples: Sequence[Sample]) -> list[int]:
 
 
 def padding_token(config: Any) -> int:
-    """Return the padding token that a config of transformers names, or 0 if it names none."""
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else 0
+    """Return the padding token that a config of transformers names, or 0 if it names none that the model has."""
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return pad if isinstance(pad, int) and pad >= 0 and (rows is None or pad < rows) else 0
 
 
 def make_batches(

@@ -42,12 +42,18 @@ class _Cutter:
 
     def cut(self, record: Record) -> list[Sample]:
         """Return the samples of a record that contain tokens that count."""
+        return [sample for sample in self._all_of(record) if _counts(sample)]
+
+    def first(self, record: Record) -> Sample | None:
+        """Return the beginning of a record; None if it contains no token that counts."""
+        found = self._all_of(record)[:1]
+        return next(filter(_counts, found), None)
+
+    def _all_of(self, record: Record) -> list[Sample]:
         if self._config.is_encoder_decoder:
-            found = [self._translation(record)]
-        else:
-            ids, counted, framed = self._tokens(record)
-            found = [Sample((tokens,), record.where) for tokens in self._windows(ids, counted, framed=framed)]
-        return [sample for sample in found if any(any(tokens.counted) for tokens in sample.stacks)]
+            return [self._translation(record)]
+        ids, counted, framed = self._tokens(record)
+        return [Sample((tokens,), record.where) for tokens in self._windows(ids, counted, framed=framed)]
 
     def _windows(self, ids: Sequence[int], counted: Sequence[bool], *, framed: bool) -> list[Tokens]:
         """Cut tokens into windows.
@@ -137,6 +143,10 @@ class _Cutter:
         return Sample(tuple(Tokens(ids, (True,) * len(ids)) for ids in (prompt, completion)), record.where)
 
 
+def _counts(sample: Sample) -> bool:
+    return any(any(tokens.counted) for tokens in sample.stacks)
+
+
 def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
     """Draw the sequences that a model is calibrated on.
 
@@ -196,31 +206,34 @@ def _draw(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: 
 
 
 def first_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
-    """Return the beginning of every record, in the order of the data, without those that have no token that counts.
+    """Return the beginning of every record, in the order of the data, if a token of it counts.
 
     Args:
         files: The data.
         tokenizer: Of the model.
         config: Of the model, as transformers reads it.
-        choice: From `Choice.for_model`; number and seed mean nothing here.
+        choice: From `Choice.for_model`; `sequences` and `seed` are ignored.
 
     Raises:
         DataError: No token counts, or the records do not fit the model.
     """
     cutter = _Cutter(tokenizer, choice.length or DEFAULT_LENGTH, choice.tokens, config)
     records = [record for file in files for record in file.records]
-    taken = [samples[0] for record in records if (samples := cutter.cut(record))]
+    taken = [sample for record in records if (sample := cutter.first(record)) is not None]
     if not taken:
-        raise DataError(f"{files[0].path}: no token in the data counts; let all tokens count, or give other data")
+        raise DataError(
+            f"{files[0].path}: no token counts within the first {choice.length or DEFAULT_LENGTH} of any record; let all "
+            "tokens count, or ask for a larger length"
+        )
     _check_vocabulary(taken, config)
     return taken
 
 
 def _check_vocabulary(samples: Sequence[Sample], config: Any) -> None:
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    largest = max(max(tokens.ids) for sample in samples for tokens in sample.stacks)
+    largest, where = max((max(tokens.ids), sample.where) for sample in samples for tokens in sample.stacks)
     if rows is not None and largest >= rows:
         raise DataError(
-            f"{samples[0].where}: the tokenizer does not match the model: it gives token {largest}, and the model has "
+            f"{where}: the tokenizer does not match the model: it gives token {largest}, and the model has "
             f"{rows} embeddings; use the tokenizer that the model was trained with"
         )

@@ -88,7 +88,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     """
     _conversion()
     kind = _model_class(config)
-    config.use_cache = False
+    for part in configs_of(config):
+        part.use_cache = False
     try:
         with quiet(), _parameters_on_meta():
             model = kind._from_config(config, dtype=dtype)
@@ -97,6 +98,12 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     for pattern, kept in model._get_dtype_plan(dtype).items():
         _set_dtype(model, pattern, kept)
     return model.eval().requires_grad_(False)
+
+
+def configs_of(config: Any) -> list[Any]:
+    """Return a config of transformers and those that it holds, of a text model or a decoder for example."""
+    found = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    return [config, *(part for part in found if part is not None)]
 
 
 def _model_class(config: Any) -> Any:

@@ -225,7 +225,7 @@ def _config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.reference}: transformers cannot read config.json: {_first_line(error)}"
         ) from None
     # weights are dequantised while they are read, so that the model is an ordinary one
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+    for part in internals.configs_of(config):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     if getattr(config, "is_encoder_decoder", False):

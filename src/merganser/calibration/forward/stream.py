@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, OutputError
-from ...jsonfile import os_reason
+from ...errors import NonFiniteError
 from ..data.batches import Batch, Padded, pad
+from ..torchfile import load_working, save_working
 from .forward import Output, logits, run_on_text
 from .skeleton import Block, Skeleton
 from .spool import Spool
@@ -157,19 +156,10 @@ class Stream:
         return f"{self.skeleton.blocks[index].stack}-{index if self._keep else index % 2}"
 
     def _write_rest(self, index: int, number: int, rest: tuple[Any, ...]) -> None:
-        path = self._rest_file(index, number)
-        try:
-            torch.save(rest, path)
-        except (OSError, RuntimeError) as error:
-            reason = os_reason(error) if isinstance(error, OSError) else str(error)
-            raise OutputError(f"{path}: cannot be written: {reason}; make room, or choose another disk") from None
+        save_working(rest, self._rest_file(index, number))
 
     def _read_rest(self, index: int, number: int) -> tuple[Any, ...]:
-        path = self._rest_file(index, number)
-        try:
-            rest: tuple[Any, ...] = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise OutputError(f"{path}: cannot be read: {error}; start again") from None
+        rest: tuple[Any, ...] = load_working(self._rest_file(index, number))
         return rest
 
 

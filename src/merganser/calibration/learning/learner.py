@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from ...engine.plan.plan import Plan
-from ...errors import OutputError
-from ...jsonfile import os_reason
 from ...method import Learning, takes
 from ...statistics import sum_name
 from ..data.batches import Batch
@@ -19,6 +17,7 @@ from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
 from ..run import described, without
 from ..target import Target
+from ..torchfile import load_working, save_working
 from ..within.walk import Progress
 from ..within.weights import ModelTensors
 from ..writer import file_name, write_about, write_sums
@@ -177,19 +176,12 @@ class Learner:
         if self._done:
             file = self._target.folder / _STATES[self._done % 2]
             state = {"values": self._field.values, "optimiser": self._optimiser.state_dict(), "losses": self._losses}
-            try:
-                torch.save(state, file)
-            except (OSError, RuntimeError) as error:
-                reason = os_reason(error) if isinstance(error, OSError) else str(error)
-                raise OutputError(f"{file}: cannot be written: {reason}; make room, or choose another disk") from None
+            save_working(state, file)
         teachers = None if self._teachers is None else self._teachers.states
         self._target.note({"done": self._done, "teachers": teachers})
 
     def _restore(self, file: Path) -> None:
-        try:
-            found = torch.load(file, weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise OutputError(f"{file}: cannot be read: {error}; start again") from None
+        found = load_working(file)
         for group, own in self._field.values.items():
             own.copy_(found["values"][group])
         self._optimiser.load_state_dict(found["optimiser"])

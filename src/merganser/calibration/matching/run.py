@@ -192,7 +192,7 @@ def _seen(
     """Run a block on a batch; return the features that it shows, by the name of their units and in their order."""
     seen: dict[tuple[str, int], tuple[Feature, Tensor]] = {}
 
-    def observe(parameter: str, rows: Tensor) -> None:
+    def observe(parameter: str, _call: int, rows: Tensor) -> None:
         if parameter in places:
             name = places[parameter].units
             again = sum(each == name for each, _ in seen)

@@ -65,7 +65,8 @@ class Gradient:
             else:
                 total += left.T @ right
         if self.rows is not None:
-            total.index_add_(0, *self.rows)
+            # a tensor without axes has its one entry as a row
+            total.view(total.shape or (1,)).index_add_(0, *self.rows)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """Return the sum of all terms, in the shape of the parameter."""

@@ -52,5 +52,9 @@ class Loss:
 
 
 def predicted(sequence: Padded) -> Tensor:
-    """Return which positions predict a token that counts, bool, shape [longest - 1]; the first token is not predicted."""
+    """Return which positions predict a token that counts, bool, shape [longest - 1]; the first token is not predicted.
+
+    Args:
+        sequence: One sequence.
+    """
     return sequence.counted[0, 1:]

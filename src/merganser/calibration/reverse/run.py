@@ -52,7 +52,7 @@ def check_predicts(skeleton: Skeleton, batches: Sequence[Batch]) -> None:
             f"{skeleton.checkpoint.reference}: {name} does not predict the next token, so it has no loss whose gradient "
             "could be taken; statistics of its activations can be had (gram, second_moment, magnitude)"
         )
-    if not any(bool(predicted(batch.stacks[-1]).any()) for batch in batches):
+    if not any(bool(batch.stacks[-1].counted[:, 1:].any()) for batch in batches):
         raise DataError(
             f"{batches[0].where[0]}: no token that counts follows another one, so there is no loss; give longer texts"
         )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...errors import OutputError
-from ...jsonfile import os_reason
+from ..torchfile import load_working, save_working
 from .gradient import Gradient
 
 __all__ = ["Upstream", "UpstreamFiles"]
@@ -62,7 +59,7 @@ class UpstreamFiles:
         Raises:
             OutputError: The disk is full or failed.
         """
-        self._save(self._path(visited, number), (upstream.hidden, upstream.rest, upstream.outside))
+        save_working((upstream.hidden, upstream.rest, upstream.outside), self._path(visited, number))
 
     def read(self, visited: int, number: int) -> Upstream:
         """Return what `write` stored.
@@ -70,7 +67,7 @@ class UpstreamFiles:
         Raises:
             OutputError: The file is missing or damaged.
         """
-        return Upstream(*self._load(self._path(visited, number)))
+        return Upstream(*load_working(self._path(visited, number)))
 
     def keep(self, name: str, value: object) -> None:
         """Store something until the end of the reverse pass.
@@ -78,7 +75,7 @@ class UpstreamFiles:
         Raises:
             OutputError: The disk is full or failed.
         """
-        self._save(self._folder / f"{name}.pt", value)
+        save_working(value, self._folder / f"{name}.pt")
 
     def kept(self, name: str) -> Any:
         """Return what `keep` stored.
@@ -86,20 +83,7 @@ class UpstreamFiles:
         Raises:
             OutputError: The file is missing or damaged.
         """
-        return self._load(self._folder / f"{name}.pt")
-
-    def _save(self, path: Path, value: object) -> None:
-        try:
-            torch.save(value, path)
-        except (OSError, RuntimeError) as error:
-            reason = os_reason(error) if isinstance(error, OSError) else str(error)
-            raise OutputError(f"{path}: cannot be written: {reason}; make room, or choose another disk") from None
-
-    def _load(self, path: Path) -> Any:
-        try:
-            return torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise OutputError(f"{path}: cannot be read: {error}; start again") from None
+        return load_working(self._folder / f"{name}.pt")
 
     def _path(self, visited: int, number: int) -> Path:
         # two files in turn, so that a block that is killed half-way still finds what it reads

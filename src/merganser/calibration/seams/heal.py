@@ -220,6 +220,7 @@ class _Fitting:
 
 def _goals(found: Opened, blocks: int | None) -> dict[int, tuple[str, int]]:
     """Return for each block to fit the model, and the boundary in it, whose hidden states it should pass on."""
+    own = [(piece.model, layer + 1) for piece in found.pieces for layer in piece.layers]
     count = len(found.stack.skeleton.blocks)
     positions = [seam.position for seam in found.seams]
     goals: dict[int, tuple[str, int]] = {}
@@ -227,8 +228,7 @@ def _goals(found: Opened, blocks: int | None) -> dict[int, tuple[str, int]]:
         if seam.position > 0:
             goals[seam.position - 1] = (seam.model, seam.layer)
         end = following if blocks is None else min(following, seam.position + blocks)
-        for step in range(end - seam.position):
-            goals[seam.position + step] = (seam.model, seam.layer + step + 1)
+        goals |= {position: own[position] for position in range(seam.position, end)}
     return goals
 
 

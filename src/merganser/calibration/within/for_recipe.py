@@ -7,15 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from ...engine.output.failure import failures_of
-from ...engine.plan.part import treatment_hash
 from ...engine.plan.plan import Plan
 from ...errors import DataError, OutputError, RecipeError
 from ...statistics import STATISTICS_NAME, open_statistics
-from ..for_recipe import Wanted, check_same, prepared_for
+from ..for_recipe import Wanted, check_same, placed, prepared_for
 from ..learning import learn_coefficients
 from ..preparation import Prepared
 from ..target import remove_earlier, tidy
-from .walk import Progress, calibrate_within, merged_sources
+from .walk import Progress, calibrate_within, merge_identity, merged_sources
 
 __all__ = ["make_within"]
 
@@ -47,7 +46,10 @@ def make_within(
         )
     names = [PurePosixPath(each.name).name for each in wanted]
     with ExitStack() as stack:
-        models = [stack.enter_context(prepared_for(each, cache_dir)) for each in wanted]
+        models = []
+        for each in wanted:
+            with placed(each):
+                models.append(stack.enter_context(prepared_for(each, cache_dir)))
         tidy(folder)
         if folder.exists():
             try:
@@ -74,12 +76,7 @@ def _present(plan: Plan, models: Sequence[Prepared], folders: Sequence[Path]) ->
                 f"{folder.parent}: holds no statistics of {folder.name}; remove it, or keep these elsewhere"
             )
         present = open_statistics(folder)
-        check_same(present, model, folder, hashing=True)
-        if present.merge != treatment_hash(plan.tensors, plan.permutation):
-            raise OutputError(
-                f"{folder}: the statistics there were measured within another merge than the recipe's; remove them, or "
-                "keep these in another folder"
-            )
+        check_same(present, model, folder, hashing=True, merge=merge_identity(plan))
     return list(folders)
 
 

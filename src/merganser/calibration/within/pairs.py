@@ -26,16 +26,16 @@ class Pairs:
     """
 
     def __init__(self) -> None:
-        self._merged: dict[str, Tensor] = {}
+        self._merged: dict[tuple[str, int], Tensor] = {}
         self._sums: dict[str, CrossGram] = {}
 
-    def observe_merged(self, parameter: str, rows: Tensor) -> None:
-        """Keep the inputs of a matrix in the merged model, shape [tokens, in]."""
-        self._merged[parameter] = rows
+    def observe_merged(self, parameter: str, call: int, rows: Tensor) -> None:
+        """Keep the inputs of a use of a matrix in the merged model, shape [tokens, in]."""
+        self._merged[parameter, call] = rows
 
-    def observe_own(self, parameter: str, rows: Tensor) -> None:
-        """Add the inputs of the same matrix in the model itself, shape [tokens, in]."""
-        self.add(parameter, self._merged.pop(parameter), rows)
+    def observe_own(self, parameter: str, call: int, rows: Tensor) -> None:
+        """Add the inputs of the same use of the matrix in the model itself, shape [tokens, in]."""
+        self.add(parameter, self._merged.pop((parameter, call)), rows)
 
     def add(self, parameter: str, first: Tensor, second: Tensor) -> None:
         """Add two inputs of a matrix for the same tokens, both of shape [tokens, in]."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..forward.skeleton import Block, Skeleton
 from ..forward.stream import Stream, StreamState
 from ..preparation import Prepared
 from ..run import described, fits, without
-from ..taps import Tapped, Taps
+from ..taps import Seen, Tapped, Taps
 from ..target import Target
 from ..writer import file_name, write_about, write_sums
 from .fitting import Pupil, fit_block, sequences_of_step
@@ -98,6 +99,7 @@ def calibrate_within(
                     "statistics": statistics,
                     "inputs": plan.method.data_inputs,
                     "merge": merge_identity(plan),
+                    **({"batch_tokens": model.batch_tokens} if plan.method.data_inputs == "fitted" else {}),
                 }
                 for model in models
             ]
@@ -195,6 +197,15 @@ class _Model:
         """Return its state as plain data."""
         own = None if self.own is None else self.own.state.to_json()
         return {"merged": self.merged.state.to_json(), "own": own, "tensors": self.tensors}
+
+
+def _see(seen: Seen, parameter: str, call: int, rows: Tensor) -> None:
+    seen[parameter, call] = rows
+
+
+def _forget(seen: Sequence[Seen]) -> None:
+    for own in seen:
+        own.clear()
 
 
 class _Walk:
@@ -320,23 +331,26 @@ class _Walk:
     def _measure_mean(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
         """Compare what the matrices of the block get in every model with the mean over all models."""
         pairs = [Pairs() for _ in self._models]
-        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
-        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
+        seen: list[Seen] = [{} for _ in self._models]
+        taps = [Taps(self._skeleton, block, [], partial(_see, own)) for own in seen]
         for _ in self._run_together(block, taps):
-            for parameter in seen[0]:
-                mean = torch.stack([rows[parameter].float() for rows in seen]).mean(0)
-                for pair, rows in zip(pairs, seen, strict=True):
-                    pair.add(parameter, mean, rows[parameter])
+            for parameter, call in seen[0]:
+                each = [rows[parameter, call] for rows in seen]
+                mean = torch.stack([rows.float() for rows in each]).mean(0)
+                for pair, rows in zip(pairs, each, strict=True):
+                    pair.add(parameter, mean, rows)
+            _forget(seen)
         for model, pair, tap in zip(self._models, pairs, taps, strict=True):
             yield model, pair.added_to(self._skeleton, tap.results())
 
     def _measure_zipped(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
         """Put the hidden units of the block of all models in groups."""
         zipper = Zipper(self._skeleton, block, len(self._models))
-        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
-        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
+        seen: list[Seen] = [{} for _ in self._models]
+        taps = [Taps(self._skeleton, block, [], partial(_see, own)) for own in seen]
         for _ in self._run_together(block, taps):
             zipper.add(seen)
+            _forget(seen)
         alpha, beta = zip_settings(self._plan, block)
         yield from zip(self._models, zipper.result(alpha, beta), strict=True)
 

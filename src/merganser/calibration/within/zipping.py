@@ -6,13 +6,13 @@ without Training", ICLR 2024 (arXiv 2305.03053), section 4 and the authors' code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ...anatomy.symmetry import Units
 from ...engine.plan.plan import Plan
@@ -20,7 +20,7 @@ from ...errors import RecipeError
 from ...statistics import COUNT
 from ..forward.skeleton import Block, Skeleton
 from ..matching.sums import Correlation, Feature, features, units_of
-from ..taps import Tapped
+from ..taps import Seen, Tapped
 from ..writer import Sum
 
 __all__ = ["GROUPS", "Zipper", "planned_groups", "zip_settings", "zip_units"]
@@ -45,15 +45,16 @@ class Zipper:
         self._units = _in_block(skeleton, block)
         self.places = features(skeleton, block, self._units)
         self._sums = {name: Correlation(_joined(own, count)) for name, own in self.places.items()}
-        self._tokens = 0
+        self._tokens: Counter[str] = Counter()
 
-    def add(self, seen: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add some tokens: for each model what the matrices in `places` receive, shape [tokens, features]."""
-        for name, own in self._sums.items():
-            feature = self.places[name]
-            rows = torch.cat([each[name][:, feature.start : feature.start + feature.size] for each in seen], 1)
-            own.add_own(rows)
-            self._tokens += len(rows)
+    def add(self, seen: Sequence[Seen]) -> None:
+        """Add what the matrices in `places` received in each model of the same tokens."""
+        for name, call in seen[0]:
+            if name in self.places:
+                feature = self.places[name]
+                each = [own[name, call][:, feature.start : feature.start + feature.size] for own in seen]
+                self._sums[name].add_own(torch.cat(each, 1))
+                self._tokens[name] += len(each[0])
 
     def result(self, alpha: float, beta: float) -> list[list[Tapped]]:
         """Return for each model the groups of every tensor that holds hidden units of the block."""
@@ -63,7 +64,7 @@ class Zipper:
             groups = zip_units(own.result().double().numpy(), self._count, alpha, beta)
             units = next(each for each in self._units if each.name == feature.units)
             for k, mine in enumerate(groups):
-                found[k] += _of_tensors(self._skeleton, units, feature, mine, self._tokens // len(self._sums))
+                found[k] += _of_tensors(self._skeleton, units, feature, mine, self._tokens[name])
         return found
 
 
