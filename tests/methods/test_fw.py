@@ -19,8 +19,8 @@ def merged(base, models, values):
 
 def stepped(base, models, gradients, values, *, number=0, rate=0.1, selection="hard"):
     """The coefficients after a step, given the gradient of every loss with respect to the weights."""
-    slopes = torch.stack([torch.stack([(g * (model - base)).sum()[None] for model in models]) for g in gradients])
-    return towards(values, slopes, number, torch.tensor(rate, dtype=torch.float64), selection)
+    of_values = torch.stack([torch.stack([(g * (model - base)).sum()[None] for model in models]) for g in gradients])
+    return towards(values, of_values, number, torch.tensor(rate, dtype=torch.float64), selection)
 
 
 def evenly(count, value=0.3):

@@ -31,7 +31,7 @@ _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
 _FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "zipped": 1.0, "end_to_end": 1.0}
-# forward and backward of a step on one batch, and the weights made anew of all task vectors, as measured
+# a step on one batch, in forward passes, as measured: forward, backward, and merging the weights anew
 _FIT_PASSES = 5.0
 _STARTING = 4.0
 

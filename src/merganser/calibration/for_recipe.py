@@ -154,7 +154,7 @@ def _check_used(recipe: Recipe, method: MergeMethod, pairs: Sequence[tuple[Sourc
 
 
 def _check_labels(method: MergeMethod, wanted: Sequence[Wanted]) -> None:
-    """Refuse `labels` where they have no effect, as no gradient is measured, or no sense, as the loss itself is used.
+    """Refuse `labels` if no gradient is measured, and those that are sampled if the method compares losses.
 
     Raises:
         RecipeError: They are said.

@@ -115,7 +115,7 @@ def plan_prepared(
 def _planned_blocks(prepared: Prepared, mode: Mode) -> list[list[Tapped]]:
     """Return for every block the tensors that will have statistics."""
     skeleton = prepared.skeleton
-    # the blocks run, which refuses those that cannot, also where what they show is not needed
+    # run also where the sums are replaced below, since this refuses blocks that cannot be run one at a time
     found = _block_sums(prepared)
     if mode.inputs in ("merged", "mean"):
         found = [planned_pairs(skeleton, block) for block in found]

@@ -21,7 +21,7 @@ __all__ = ["LEFT", "Target", "check_absent", "remove_earlier", "tidy", "working_
 
 _STATE = "state.json"
 _DONE = f"{MARKER}.done"
-"""Name of the marker while the folder gets its own name: there it must not say that a run is writing the folder."""
+"""Name of the marker during the last renaming, so that the finished folder never looks like one that a run is writing."""
 LEFT = (_STATE, _DONE)
 """What a run that is killed at its very end may leave in a finished folder."""
 

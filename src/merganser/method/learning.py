@@ -30,7 +30,7 @@ class Learning:
         penalty: Returns what is added to the loss, 0-d. It takes `coefficients`: for whatever has its own, a tensor of
             shape [models, numbers], float32.
         update: Returns the next coefficients of whatever has its own, in place of Adam, shape [models, numbers]. It may take
-            `values`, those so far; `slopes`, the gradient of each model's loss, times its weight, with respect to them,
+            `values`, those so far; `gradients`, the gradient of each model's loss, times its weight, with respect to them,
             shape [losses, models, numbers]; and `number`, that of the step, from 0.
 
     Raises:

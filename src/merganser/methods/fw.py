@@ -41,17 +41,17 @@ def choose(slope: Tensor, selection: str) -> Tensor:
     return chosen / chosen.sum().clamp(min=1)
 
 
-def towards(values: Tensor, slopes: Tensor, number: int, rate: Tensor, selection: str) -> Tensor:
+def towards(values: Tensor, gradients: Tensor, number: int, rate: Tensor, selection: str) -> Tensor:
     """Return the coefficients after a step towards the chosen models.
 
     Args:
         values: The coefficients, shape [models, 1].
-        slopes: The gradient of each loss with respect to them, shape [losses, models, 1].
+        gradients: The gradient of each loss with respect to them, shape [losses, models, 1].
         number: Number of the step, from 0.
         rate: Length of the first step.
         selection: As in `choose`.
     """
-    own = slopes[..., 0].double()
+    own = gradients[..., 0].double()
     # to a model is to its task vector, less that of the merge
     direction = choose(own - own @ values.double(), selection).to(values.dtype)[:, None]
     return values + 2 * rate / (number + 2) * (direction - direction.sum() * values)

@@ -59,8 +59,8 @@ class Skeleton:
         targets: For every tensor of the checkpoint that the model uses, the parameter that it fills.
         dtype: Dtype of most parameters.
         per_token: For the weight of every matrix that ran when the model was checked, and each time it ran, whether its
-            input had a row per token; empty before the check. It says of other inputs, such as tables of relative
-            positions, that they are none, even where they have as many rows as a batch has tokens.
+            input had a row per token; empty before the check. False for other inputs, such as tables of relative positions,
+            even if such a table happens to have as many rows as a batch has tokens.
 
     Raises:
         CheckpointError: config.json is missing or transformers cannot read it.

@@ -18,7 +18,7 @@ __all__ = ["coefficient_shape", "input_axes"]
 def input_axes(skeleton: Skeleton, parts: Mapping[str, Part]) -> dict[str, int]:
     """Return the axis of each of the checkpoint's matrices that counts its inputs, by name.
 
-    Of a table of tokens it is the axis along which one token's row lies. Tensors that are no such matrix are missing.
+    Of an embedding it is that of the hidden dimension. Tensors that are no such matrix are missing.
 
     Args:
         skeleton: The model.

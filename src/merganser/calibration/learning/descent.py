@@ -14,7 +14,7 @@ from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
 from ..reverse.backward import Scored, block_backward, head_backward, outside_parameters
 from ..reverse.gradient import Gradient
-from ..reverse.parameters import Part, block_parameters, find_parts, outside_sources
+from ..reverse.parameters import Part, block_parameters, find_parts
 from ..reverse.upstream import Upstream
 from .field import Field, Weights
 
@@ -89,7 +89,7 @@ class Passes:
         self._weights.prepare(skeleton.outside(head=True))
         for which, total in enumerate(totals):
             _check_finite(total, "what is outside the blocks")
-            self._add_slopes(-1, outside_sources(skeleton), outside, total, which)
+            self._add_gradients(-1, skeleton.outside(head=True), outside, total, which)
         return losses
 
     def _visit(
@@ -120,10 +120,10 @@ class Passes:
                     _add(inside, {name: found.pop(name) for name in own if name in found}, own)
                     _add(total, found, outside)
                 _check_finite(inside, block.name)
-                self._add_slopes(index, block.sources, own, inside, which)
+                self._add_gradients(index, block.sources, own, inside, which)
         return passed
 
-    def _add_slopes(
+    def _add_gradients(
         self,
         key: int,
         sources: Sequence[str],
@@ -131,7 +131,7 @@ class Passes:
         gradients: Mapping[str, Tensor],
         loss: int,
     ) -> None:
-        """Add what follows for the coefficients of some tensors from the gradients of the parameters that they fill."""
+        """Add the gradients of the coefficients of some tensors, by the chain rule, given those of the parameters that they fill."""
         if key not in self._parts:
             learnt = [source for source in sources if source in self._field]
             self._parts[key] = find_parts(self._skeleton, learnt, parameters, self._weights.named)[0]

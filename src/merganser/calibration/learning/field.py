@@ -41,8 +41,8 @@ class Field:
         reader: Reads base and models.
 
     Attributes:
-        values: The coefficients by group, shape [models, ...], float32: what a tensor's are multiplied with. A group is a
-            tensor, a layer, or the model.
+        values: The coefficients by group, shape [models, ...], float32, which broadcast against each tensor of the group. A
+            group is a tensor, a layer, or the model.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Field:
             return self._merge(name, self.of(name))
 
     def add_gradient(self, name: str, gradient: Tensor, loss: int) -> None:
-        """Add what follows for the coefficients of a tensor from the gradient of a loss with respect to its values.
+        """Add the gradients of a tensor's coefficients, by the chain rule, given that of a loss with respect to the tensor.
 
         Args:
             name: Its name.

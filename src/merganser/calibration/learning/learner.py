@@ -71,7 +71,7 @@ class Learner:
         self._settings = settings_of(plan.method, parameters)
         self._weight = [float(own) for own in parameters["weight"]]
         self._steps, self._batch = int(parameters["steps"]), int(parameters["batch"])
-        # no step uses more; and none those of models that do not count
+        # only the sequences that the steps will use; of a model whose weight is 0, none
         used = self._steps * self._batch
         self._data = [own[:used] if weight else [] for own, weight in zip(data, self._weight, strict=True)]
         self._passes = Passes(skeleton, field, Weights(plan, field), target.folder / _HIDDEN)
@@ -136,7 +136,12 @@ class Learner:
         """Take the method's own step, given the gradient of each model's loss."""
         assert self._learning.update is not None
         for group, own in self._field.values.items():
-            given = {**self._settings, "values": own.flatten(1), "slopes": gradients[group].flatten(2), "number": step}
+            given = {
+                **self._settings,
+                "values": own.flatten(1),
+                "gradients": gradients[group].flatten(2),
+                "number": step,
+            }
             found = self._learning.update(**{name: given[name] for name in takes(self._learning.update)})
             own.copy_(found.view(own.shape))
 

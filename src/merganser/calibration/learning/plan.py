@@ -15,7 +15,7 @@ from ..data.batches import Sample
 from ..forward import internals
 from ..forward.skeleton import Skeleton
 from ..reverse.backward import outside_parameters
-from ..reverse.parameters import block_parameters, likely_parts, outside_sources
+from ..reverse.parameters import block_parameters, likely_parts
 from ..taps import Tapped
 from ..within.fitting import COEFFICIENTS
 from ..writer import Sum
@@ -95,7 +95,7 @@ def plan_learning(
     internals.tie(skeleton.model)
     head = skeleton.model.get_output_embeddings()
     batch = min(descent.batch, len(samples))
-    # of the average step, and one forward more at the end
+    # the share of the data that a step reads; one more forward at the end measures the loss
     share, used = batch / len(samples), min(descent.steps * batch, len(samples)) / len(samples)
     tokens = sum(len(sample.stacks[-1].ids) for sample in samples)
     longest = max(len(sample.stacks[-1].ids) for sample in samples)
@@ -134,7 +134,7 @@ def planned_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapp
     """Return the coefficients that tensors will have, without values: of every block, and of what is outside them."""
     found: list[list[Tapped]] = []
     pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
-    for sources, parameters in (*pieces, (outside_sources(skeleton), outside_parameters(skeleton))):
+    for sources, parameters in (*pieces, (skeleton.outside(head=True), outside_parameters(skeleton))):
         axes = input_axes(skeleton, likely_parts(skeleton, sources, parameters)) if descent.columns else {}
         tensors = {name: skeleton.checkpoint.tensors[name] for name in sources}
         found.append(

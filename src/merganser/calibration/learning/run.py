@@ -18,7 +18,7 @@ from ..forward.forward import check_streamable
 from ..forward.skeleton import Skeleton
 from ..preparation import Prepared
 from ..reverse.backward import outside_parameters
-from ..reverse.parameters import block_parameters, likely_parts, outside_sources
+from ..reverse.parameters import block_parameters, likely_parts
 from ..reverse.run import check_predicts
 from ..target import Target
 from ..within.fitting import COEFFICIENTS
@@ -124,6 +124,6 @@ def _axes(skeleton: Skeleton) -> dict[str, int]:
     """Return the axis of every matrix that counts its inputs."""
     found: dict[str, int] = {}
     pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
-    for sources, parameters in (*pieces, (outside_sources(skeleton), outside_parameters(skeleton))):
+    for sources, parameters in (*pieces, (skeleton.outside(head=True), outside_parameters(skeleton))):
         found |= input_axes(skeleton, likely_parts(skeleton, sources, parameters))
     return found

@@ -87,7 +87,7 @@ def plan_match(wanted: WantedMatch, kept: Path | None, cache_dir: Path | None) -
             _check_same(open_correlations(kept), reference, model, wanted, hashing=False)
         ours, theirs = (plan_prepared(own, wanted.model, wanted.name)[0] for own in (reference, model))
         found = [features(reference.skeleton, block, units) for block in reference.skeleton.blocks]
-        # matrices with the same input show it once; all that read the residual stream are two such groups
+        # each input counts once, though several matrices read it, as those of queries, keys and values do
         seen = [{each.units: each for each in block.values()} for block in found]
         held = max(sum(Correlation.memory_of(each) for each in block.values()) for block in seen)
         sums = 2.0 * reference.counted * sum(e.width * e.size**2 for block in seen for e in block.values())

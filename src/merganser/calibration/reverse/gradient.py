@@ -1,7 +1,8 @@
 """The gradient of one sequence's loss with respect to a parameter, as the sum of a few terms.
 
-What a matrix is multiplied with, and the gradient of the product, say what its gradient is; and of a table of tokens only
-those rows have a gradient that the sequence looks up. Both are much smaller than the parameter, and are kept in its place.
+The gradient of a matrix of a linear layer is a product of two factors, the gradient of the layer's output and its input; that
+of an embedding is zero except in the rows that the sequence looks up. Factors and rows are much smaller than the whole gradient,
+so they are kept in its place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Gradient", "Uses", "part_gradients"]
 
 Keep = Callable[[Tensor, Tensor], None]
-"""Called in a reverse pass with what a function received and the gradient of what it returned."""
+"""Called in a reverse pass with the input of a function and the gradient of its output."""
 
 
 @dataclass
@@ -132,7 +133,7 @@ class Uses(TorchFunctionMode):
         parameters: The parameters, by name; they require gradients.
 
     Attributes:
-        gradients: By name, what reverse passes have come to so far, of those uses that are not left to autograd.
+        gradients: By name, the gradients of linear layers and look-ups, summed over the reverse passes so far.
         products: By name, how often a parameter was the matrix of a linear layer.
         looked_up: By name, indices of the rows that were looked up, ascending, each once.
         others: Names of parameters that were used in any other way.

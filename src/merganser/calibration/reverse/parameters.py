@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..forward.skeleton import Block, Skeleton
 
-__all__ = ["Part", "block_parameters", "find_parts", "likely_parts", "outside_sources"]
+__all__ = ["Part", "block_parameters", "find_parts", "likely_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,6 @@ def block_parameters(block: Block) -> dict[str, nn.Parameter]:
     """Return the float parameters of a block, by their names in the model."""
     own = {f"{block.name}.{name}": each for name, each in block.module.named_parameters()}
     return {name: each for name, each in own.items() if each.is_floating_point()}
-
-
-def outside_sources(skeleton: Skeleton) -> list[str]:
-    """Return the names of the checkpoint's tensors outside the blocks."""
-    inside = {source for block in skeleton.blocks for source in block.sources}
-    return [source for source in skeleton.targets if source not in inside]
 
 
 def find_parts(

@@ -19,7 +19,7 @@ from ..forward.skeleton import Block, Skeleton
 from ..reducers import Gram
 from ..writer import Sum
 from .backward import outside_parameters
-from .parameters import Part, block_parameters, likely_parts, outside_sources
+from .parameters import Part, block_parameters, likely_parts
 from .run import LOSS_FILE, gradient_files
 from .sums import ELEMENTWISE, PIECE, most_waiting, tables
 
@@ -33,7 +33,7 @@ _BLOCK_WORK = 3
 _HEAD_WORK, _HEAD_WORK_WITH_GRADIENTS = 1, 3
 # logits, their softmax, its logarithm, and the gradient
 _COPIES_OF_LOGITS = 4
-# for every output of a matrix: the value, what follows it, and their gradients
+# for every output of a matrix: itself, the activation computed from it, and the gradients of both
 _COPIES_OF_OUTPUTS = 4
 
 Sums = Mapping[tuple[str, str], Sum]
@@ -93,7 +93,7 @@ def planned_sums(skeleton: Skeleton, statistics: Sequence[str], sequences: int) 
                 **_elementwise(skeleton, parts, statistics),
                 **(_grams(block, parts) if "gradient_gram" in statistics else {}),
             }
-        parts = likely_parts(skeleton, outside_sources(skeleton), outside_parameters(skeleton))
+        parts = likely_parts(skeleton, skeleton.outside(head=True), outside_parameters(skeleton))
         found[files[-1]] = _elementwise(skeleton, parts, statistics)
     return found
 

@@ -20,7 +20,7 @@ from ..writer import Sum, file_name, write_sums
 from .backward import block_backward, head_backward, head_loss, outside_parameters
 from .gradient import Gradient, part_gradients
 from .loss import Loss, predicted
-from .parameters import block_parameters, find_parts, outside_sources
+from .parameters import block_parameters, find_parts
 from .sums import ELEMENTWISE, GradientSums, tables
 from .taps import GradientTaps
 from .upstream import Upstream, UpstreamFiles
@@ -222,7 +222,7 @@ class Reverse:
     def _outside_sums(
         self, about: dict[str, Any], totals: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> GradientSums:
-        return self._sums(outside_sources(self._skeleton), self._outside, about, "its embeddings or head", totals)
+        return self._sums(self._skeleton.outside(head=True), self._outside, about, "its embeddings or head", totals)
 
     def _sums(
         self,

@@ -21,7 +21,7 @@ ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradient": lambda total, gradient: total.add_(gradient),
     "absolute_gradient": lambda total, gradient: total.add_(gradient.abs()),
 }
-"""What is summed over sequences, for each entry of a tensor: adds it, given the gradient of one sequence's loss, float64."""
+"""By statistic, the function that adds the gradient of one sequence's loss to the sum over sequences, both float64."""
 
 PIECE = 1 << 17
 """Entries of a gradient for each thread that are formed and summed at a time: as many as a processor's cache holds."""

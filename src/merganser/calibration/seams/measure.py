@@ -56,7 +56,7 @@ class SeamState:
 
     @property
     def blocks(self) -> float:
-        """How many times the change of one block the difference is."""
+        """The difference at the seam, divided by the change that one block makes."""
         return self.error / self.step if self.step > 0 else float("inf") if self.error > 0 else 0.0
 
     @property

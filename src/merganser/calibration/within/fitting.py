@@ -32,8 +32,8 @@ class Pupil:
     """The data of one of the models, on which the merged block is fitted to the outputs of the model's own block.
 
     Args:
-        merged: They, in the merged model, before the block.
-        own: They, in the model itself, behind the block.
+        merged: Hidden states of the data in the merged model, whose next block is the one to fit.
+        own: Hidden states of the same data in the model itself, which has run this block.
     """
 
     merged: Stream
@@ -86,8 +86,8 @@ class _Fitted:
             piece.addmv_(part.T, own)
         return merged.view(self.planned.shape)
 
-    def slopes(self, gradient: Tensor) -> Tensor:
-        """Return the derivatives with respect to the coefficients, given those with respect to the merged tensor."""
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the coefficients, shape [models, chunks], given that of the merged tensor."""
         pieces, chunks = gradient.float().flatten().tensor_split(self.raw.shape[1]), self.raw.shape[1]
         parts = self.deltas.tensor_split(chunks, dim=1)
         return torch.stack([part @ piece for part, piece in zip(parts, pieces, strict=True)], dim=1)
@@ -194,9 +194,9 @@ class _Descent:
             with torch.enable_grad():
                 total = torch.zeros(())
                 for own in self._fitted:
-                    slopes = own.slopes(own.part.of(gradients[own.part.parameter]))
+                    found = own.gradient(own.part.of(gradients[own.part.parameter]))
                     pull = float(own.planned.parameters["regulariser"]) / len(self._fitted)
-                    total = total + (slopes * own.raw.sigmoid()).sum() + pull * own.pulls()
+                    total = total + (found * own.raw.sigmoid()).sum() + pull * own.pulls()
                 torch.autograd.backward(total)
             optimiser.step()
             falling.step()

@@ -124,7 +124,7 @@ def zip_units(similarity: npt.NDArray[np.float64], count: int, alpha: float, bet
 
 
 def _any_pair(similarity: npt.NDArray[np.float64], alive: npt.NDArray[np.bool_]) -> tuple[int, int]:
-    """Return the two units that are most alike of all that are left, as their first units are."""
+    """Return the two of all units left that are most alike; of a unit made of several, the first stands for it."""
     left = np.flatnonzero(alive)
     scores = similarity[np.ix_(left, left)]
     np.fill_diagonal(scores, -np.inf)
