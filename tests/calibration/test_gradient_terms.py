@@ -138,11 +138,14 @@ def summed(monkeypatch: pytest.MonkeyPatch, piece: int, waiting: int) -> dict[tu
     return {key: own.take() for key, own in found.results().items()}
 
 
-def test_pieces_and_waiting_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_changes_nothing_and_pieces_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     found = summed(monkeypatch, 1 << 16, 1 << 20)
-    for piece, waiting in ((1, 1), (8, 900), (12, 1 << 20)):
-        other = summed(monkeypatch, piece, waiting)
+    for waiting in (1, 900):
+        other = summed(monkeypatch, 1 << 16, waiting)
         assert all(torch.equal(own, other[key]) for key, own in found.items())
+    for piece in (1, 8, 12):
+        # a product of a few rows adds its terms in another order on some processors
+        torch.testing.assert_close(summed(monkeypatch, piece, 900), found, rtol=1e-6, atol=1e-6)
     every: dict[str, list[Tensor]] = {"matrix": [], "table": [], "experts": []}
     for own in sequences({}):
         matrix = own["matrix"]

@@ -182,6 +182,11 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"a": FromData("magnitude", of="base"), "b": FromData("magnitude")}, "of different inputs or models"),
         ({"a": FromData("gram", inputs="merged", of="first")}, "first model alone are of its own inputs"),
         ({"a": FromData("cross_gram", inputs="prefix")}, "a compares inputs of the merged model with others"),
+        ({"a": FromData("gram", inputs="merged")}, "so one of the statistics must be cross_gram"),
+        (
+            {"a": FromData("gram", inputs="mean")},
+            "a: inputs='mean' are compared with those of the models, as cross_gram",
+        ),
         ({"a": FromData("coefficients")}, "a: coefficients need inputs='fitted' or 'end_to_end'"),
         ({"a": FromData("gram", inputs="fitted")}, "a: with inputs='fitted' there are no sums, and gram is one"),
     ],

@@ -14,6 +14,7 @@ from ..anatomy.settings.mixtures import COUNTS
 from ..checkpoint import DTYPE_BY_NAME
 from ..statistics import COUNT
 from .forward.skeleton import Skeleton
+from .kinds import KINDS
 from .learning import LearningPlan
 from .mode import Mode
 from .preparation import Prepared
@@ -29,8 +30,6 @@ _RUNTIME = 500_000_000
 # norms, activation functions and attention take about as long as a third of the products
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
-# within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "zipped": 1.0, "end_to_end": 1.0}
 # a step on one batch, in forward passes, as measured: forward, backward, and merging the weights anew
 _FIT_PASSES = 5.0
 _STARTING = 4.0
@@ -97,7 +96,7 @@ def cost_of_forward(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], mode
     outside = skeleton.outside(head=prepared.labels is not None)
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     count = len(prepared.samples)
-    passes = _FORWARDS[mode.inputs] + _FIT_PASSES * mode.steps * min(mode.batch, count) / count
+    passes = KINDS[mode.inputs].forwards + _FIT_PASSES * mode.steps * min(mode.batch, count) / count
     return Cost(
         read=skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside),
         forward=forward_operations(prepared) * passes,
@@ -145,30 +144,18 @@ def _spool_bytes(prepared: Prepared) -> int:
 
 
 def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], mode: Mode) -> int:
-    # weights in memory within a merge: a block, and the block as it is merged; or the blocks of both, each with what is outside
-    skeleton, together = prepared.skeleton, mode.together
-    # for a fit the block's base, task vectors and gradient in float32, too
-    wide = (together + 3) * 4 / skeleton.dtype.itemsize
-    held = {
-        "own": (1, 1),
-        "prefix": (1, 2),
-        "merged": (2, 3),
-        "fitted": (2, 2 + wide),
-        "mean": (together, together),
-        "zipped": (together, together),
-        "end_to_end": (1, 1),
-    }[mode.inputs]
+    skeleton, kind = prepared.skeleton, KINDS[mode.inputs]
+    held = kind.held(mode.together, skeleton.dtype.itemsize)
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
     sums = max(sum(_memory(tapped) for tapped in block) for block in blocks) * (
-        together if mode.inputs == "mean" else 1
+        mode.together if kind.sums_of_all else 1
     )
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
     return (
         _RUNTIME
-        + held[0] * outside
-        + round(held[1] * largest)
+        + round(held[0] * outside + held[1] * largest)
         + sums
         + fed
         + 4 * widest**2 * ("gram" in prepared.statistics)

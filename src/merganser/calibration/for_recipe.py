@@ -19,13 +19,10 @@ from ..statistics.choice import LABELS
 from .learning import Descent, descent_of
 from .mode import ALONE, Mode
 from .plan import lay_out, plan_prepared
-from .preparation import Prepared, prepare
+from .preparation import STATISTICS, Prepared, prepare
 from .reverse import GRADIENTS
 from .run import Progress, run_prepared
 from .target import remove_earlier, tidy
-from .within.fitting import COEFFICIENTS
-from .within.pairs import CROSS_GRAM
-from .within.zipping import GROUPS
 
 __all__ = [
     "Wanted",
@@ -279,7 +276,7 @@ def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
     with prepare(
         wanted.model,
         data.source,
-        statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS, GROUPS)],
+        statistics=[name for name in wanted.statistics if name in STATISTICS],
         choice=data.choice,
         labels=data.labels or LABELS[0],
         batch_tokens=data.batch_tokens,

@@ -27,7 +27,7 @@ from .learning import check_learning
 from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
 from .target import LEFT, working_names
 from .within.for_recipe import make_within
-from .within.walk import merge_identity
+from .within.merged import merge_identity
 
 __all__ = ["Progress", "StatisticsHome", "statistics_home"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..method import DataInputs
 from .learning import Descent
 
 __all__ = ["ALONE", "Mode"]
@@ -22,7 +23,7 @@ class Mode:
         batch: The number of sequences of each model in such a step.
     """
 
-    inputs: str = "own"
+    inputs: DataInputs = "own"
     together: int = 1
     descent: Descent | None = None
     steps: int = 0

@@ -15,8 +15,8 @@ from ..statistics import STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
 from .cost import cost_of_forward, forward_operations
 from .forward.forward import Output, run_alone
+from .kinds import KINDS
 from .learning import plan_learning
-from .learning import planned_coefficients as planned_learnt
 from .mode import ALONE, Mode
 from .preparation import Data, Prepared, check_given, prepare
 from .reducers import REDUCERS
@@ -24,9 +24,6 @@ from .reverse import GRADIENTS, LOSS_FILE, check_predicts
 from .reverse.plan import plan_reverse, planned_sums
 from .run import described, fits, without
 from .taps import Tapped, Taps
-from .within.fitting import COEFFICIENTS, planned_coefficients
-from .within.pairs import CROSS_GRAM, planned_pairs
-from .within.zipping import GROUPS, planned_groups
 from .writer import Sum, file_name, write_about
 
 __all__ = ["lay_out", "plan_calibration", "plan_prepared"]
@@ -80,7 +77,9 @@ def plan_prepared(
     """
     if prepared.labels is not None or mode.descent is not None:
         check_predicts(prepared.skeleton, prepared.batches())
-    blocks = _planned_blocks(prepared, mode)
+    # run also where others take the place of these sums, since this refuses blocks that cannot be run one at a time
+    sums, kind = _block_sums(prepared), KINDS[mode.inputs]
+    blocks = kind.planned(prepared.skeleton, sums, mode)
     files = [file_name(number, len(blocks)) for number in range(1, len(blocks) + 1)]
     cost = cost_of_forward(prepared, blocks, mode)
     if prepared.labels is not None:
@@ -95,7 +94,7 @@ def plan_prepared(
         model=model,
         name=name,
         data=tuple(Path(file.path).name if Path(file.path).exists() else file.path for file in prepared.files),
-        statistics=statistics_of(prepared, mode.inputs),
+        statistics=kind.statistics(prepared.statistics),
         sequences=len(prepared.samples),
         tokens=prepared.tokens,
         counted=prepared.counted,
@@ -112,37 +111,9 @@ def plan_prepared(
     return plan, blocks
 
 
-def _planned_blocks(prepared: Prepared, mode: Mode) -> list[list[Tapped]]:
-    """Return for every block the tensors that will have statistics."""
-    skeleton = prepared.skeleton
-    # run also where the sums are replaced below, since this refuses blocks that cannot be run one at a time
-    found = _block_sums(prepared)
-    if mode.inputs in ("merged", "mean"):
-        found = [planned_pairs(skeleton, block) for block in found]
-    if mode.descent is not None:
-        found = planned_learnt(skeleton, mode.descent)
-    if mode.inputs == "fitted":
-        found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
-    if mode.inputs == "zipped":
-        found = [planned_groups(skeleton, block) for block in skeleton.blocks]
-    return found
-
-
 def _gradients(prepared: Prepared) -> list[str]:
     """Return the statistics of gradients that are wanted."""
     return [name for name in prepared.statistics if name in GRADIENTS]
-
-
-def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
-    """Return the names of all statistics that are measured."""
-    extra: tuple[str, ...] = ()
-    if inputs in ("merged", "mean"):
-        extra = (CROSS_GRAM,)
-    elif inputs in ("fitted", "end_to_end"):
-        extra = (COEFFICIENTS,)
-    elif inputs == "zipped":
-        extra = (GROUPS,)
-    return (*prepared.statistics, *extra)
 
 
 def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, mode: Mode = ALONE) -> None:
@@ -175,7 +146,7 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
                 gradients.setdefault(own, []).append(kind)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {os_reason(error)}") from None
-    statistics = list(statistics_of(prepared, mode.inputs))
+    statistics = list(KINDS[mode.inputs].statistics(prepared.statistics))
     about = {**prepared.about(hashing=False), "statistics": statistics, "inputs": mode.inputs}
     about |= {"without": without(prepared.skeleton, tensors), "files": [*names, *reverse], "tensors": tensors}
     about |= {"gradients": gradients, "without_gradients": []} if reverse else {}

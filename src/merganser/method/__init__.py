@@ -41,10 +41,11 @@ from .parameter import (
 )
 from .registry import get_method, method_names, methods
 from .sidecar import Encoded, Kept, Lossless, Part, Sidecar
-from .statistic import FromData, NumbersFromData, Statistic, When, applies, statistic, takes
+from .statistic import DataInputs, FromData, NumbersFromData, Statistic, When, applies, statistic, takes
 
 __all__ = [
     "Count",
+    "DataInputs",
     "Embeddings",
     "Encoded",
     "Fraction",

@@ -15,7 +15,7 @@ from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 from .location import Location
 from .parameter import Parameter
-from .statistic import FromData, Inputs, NumbersFromData, Statistic, When, applies, takes
+from .statistic import DataInputs, FromData, NumbersFromData, Statistic, When, applies, takes
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -81,7 +81,7 @@ class MergeMethod:
         return self.combine.__module__.partition(".")[0] != __name__.partition(".")[0]
 
     @cached_property
-    def data_inputs(self) -> Inputs:
+    def data_inputs(self) -> DataInputs:
         """What computes the inputs that its statistics from data are of, as in `FromData`."""
         return next((own.inputs for own in self.from_data.values()), "own")
 

@@ -92,7 +92,7 @@ _ALONE = tuple(inputs for needed in _NO_SUMS.values() for inputs in needed)
 _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 
 
-Inputs = Literal["own", "prefix", "merged", "fitted", "mean", "zipped", "end_to_end"]
+DataInputs = Literal["own", "prefix", "merged", "fitted", "mean", "zipped", "end_to_end"]
 """What computes the inputs that statistics are of: see `FromData`."""
 
 
@@ -145,7 +145,7 @@ class FromData:
             "mean", all models themselves on the same data, of which the mean is taken; "zipped", the same, of which units are
             joined; "end_to_end", the whole merged model while coefficients are learnt. All statistics of a method have the
             same; but for "own", all models are calibrated together, within the merge. `cross_gram` needs "merged" or
-            "mean", "mean" has nothing else, `coefficients` need "fitted" or "end_to_end", and `groups` "zipped".
+            "mean", "merged" needs it, "mean" has nothing else, `coefficients` need "fitted" or "end_to_end", and `groups` "zipped".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
@@ -164,7 +164,7 @@ class FromData:
         "coefficients",
         "groups",
     ]
-    inputs: Inputs = "own"
+    inputs: DataInputs = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
     learning: Learning | None = None
 
@@ -236,6 +236,10 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     )
     if odd is not None:
         return f"{odd} compares inputs of the merged model with others, which needs inputs='merged' or 'mean'"
+    if any(own.inputs == "merged" for own in wanted.values()) and all(
+        own.statistic != "cross_gram" for own in wanted.values()
+    ):
+        return "inputs='merged' are compared with those of the models, so one of the statistics must be cross_gram"
     odd = next((name for name, own in wanted.items() if own.statistic != "cross_gram" and own.inputs == "mean"), None)
     if odd is not None:
         return f"{odd}: inputs='mean' are compared with those of the models, as cross_gram, and nothing else"

@@ -6,7 +6,7 @@ every model's data through it, visits the blocks from the last to the first for 
 (`calibration.reverse`), and turns these into gradients of the coefficients, for Adam or a method's own steps.
 """
 
-from .plan import Descent, LearningPlan, descent_of, plan_learning, planned_coefficients
+from .plan import Descent, LearningPlan, descent_of, learnt_coefficients, plan_learning
 from .run import check_learning, learn_coefficients
 
 __all__ = [
@@ -15,6 +15,6 @@ __all__ = [
     "check_learning",
     "descent_of",
     "learn_coefficients",
+    "learnt_coefficients",
     "plan_learning",
-    "planned_coefficients",
 ]

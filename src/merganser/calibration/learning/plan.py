@@ -10,18 +10,16 @@ import torch
 from torch import nn
 
 from ...method import MergeMethod
-from ...statistics import COUNT
+from ..coefficients import coefficient_sums
 from ..data.batches import Sample
 from ..forward import internals
 from ..forward.skeleton import Skeleton
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts
 from ..taps import Tapped
-from ..within.fitting import COEFFICIENTS
-from ..writer import Sum
 from .columns import coefficient_shape, input_axes
 
-__all__ = ["Descent", "LearningPlan", "coefficient_sums", "descent_of", "plan_learning", "planned_coefficients"]
+__all__ = ["Descent", "LearningPlan", "descent_of", "learnt_coefficients", "plan_learning"]
 
 _FLOAT32 = 4
 # forward; once more behind it; and its reverse pass, which is twice as much
@@ -130,7 +128,7 @@ def _numel(parameters: Mapping[str, nn.Parameter]) -> int:
     return sum(own.numel() for own in parameters.values())
 
 
-def planned_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapped]]:
+def learnt_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapped]]:
     """Return the coefficients that tensors will have, without values: of every block, and of what is outside them."""
     found: list[list[Tapped]] = []
     pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
@@ -147,19 +145,3 @@ def planned_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapp
             ]
         )
     return found
-
-
-def coefficient_sums(name: str, shape: Sequence[int], values: torch.Tensor, count: int) -> Tapped:
-    """Return a tensor's coefficients of one model, as they are written.
-
-    Args:
-        name: Its name.
-        shape: Its shape.
-        values: The coefficients.
-        count: Number of tokens that they were learnt on.
-    """
-    sums = {
-        COUNT: Sum((), "int64", lambda: torch.tensor(count)),
-        COEFFICIENTS: Sum(tuple(values.shape), "float32", lambda: values),
-    }
-    return Tapped((name,), 0, shape[0], sums)

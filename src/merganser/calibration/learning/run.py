@@ -14,15 +14,16 @@ from ...engine.record import fingerprint
 from ...errors import RecipeError
 from ...method import Learning
 from ...statistics import COUNT, Statistics, open_statistics
+from ..coefficients import COEFFICIENTS
 from ..forward.forward import check_streamable
 from ..forward.skeleton import Skeleton
 from ..preparation import Prepared
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts
 from ..reverse.run import check_predicts
+from ..run import Progress
 from ..target import Target
-from ..within.fitting import COEFFICIENTS
-from ..within.walk import Progress, merge_identity, merged_skeleton, merged_sources
+from ..within.merged import merge_identity, merged_skeleton, merged_sources
 from ..within.weights import ModelTensors
 from .columns import input_axes
 from .field import Field, Weights, chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,13 @@ from ..forward.forward import check_streamable
 from ..forward.skeleton import Block
 from ..forward.stream import Stream, StreamState
 from ..preparation import Prepared, fingerprint
+from ..run import Progress
 from ..taps import Taps
 from ..target import Target
 from ..writer import Sum, file_name, write_json, write_sums
 from .sums import Correlation, Feature, features, units_of
 
-__all__ = ["Progress", "about_pair", "correlate", "same_tokens", "same_units"]
-
-Progress = Callable[[int, int], None]
-"""Called with the number of finished blocks and the number of all blocks."""
+__all__ = ["about_pair", "correlate", "same_tokens", "same_units"]
 
 _SPOOLS = ("hidden-of-reference", "hidden-of-model")
 

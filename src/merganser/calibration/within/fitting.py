@@ -13,18 +13,15 @@ from ...checkpoint import Reader
 from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
 from ...errors import NonFiniteError, RecipeError
-from ...statistics import COUNT
+from ..coefficients import coefficient_sums
 from ..forward.forward import call_block
 from ..forward.skeleton import Block, Skeleton
 from ..forward.stream import Stream
 from ..reverse.gradient import Uses
 from ..reverse.parameters import Part, block_parameters, find_parts
 from ..taps import Tapped
-from ..writer import Sum
 
-__all__ = ["COEFFICIENTS", "Pupil", "fit_block", "planned_coefficients", "sequences_of_step"]
-
-COEFFICIENTS = "coefficients"
+__all__ = ["Pupil", "fit_block", "planned_coefficients", "sequences_of_step"]
 
 
 @dataclass(frozen=True)
@@ -255,21 +252,15 @@ class _Descent:
 
 
 def _results(fitted: Iterable[_Fitted], k: int, count: int) -> list[Tapped]:
-    return [Tapped((own.name,), 0, own.planned.shape[0], _sums(own.raw.detach().sigmoid()[k], count)) for own in fitted]
-
-
-def _sums(values: Tensor, count: int) -> dict[str, Sum]:
-    return {
-        COUNT: Sum((), "int64", lambda: torch.tensor(count)),
-        COEFFICIENTS: Sum(tuple(values.shape), "float32", lambda: values),
-    }
+    values = ((own, own.raw.detach().sigmoid()[k]) for own in fitted)
+    return [coefficient_sums(own.name, own.planned.shape, each, count) for own, each in values]
 
 
 def planned_coefficients(skeleton: Skeleton, block: Block) -> list[Tapped]:
     """Return the coefficients that the tensors of a block will have, without values, as if each were of one chunk."""
     tensors = {name: skeleton.checkpoint.tensors[name] for name in block.sources}
     return [
-        Tapped((name,), 0, tensor.shape[0], _sums(torch.empty(1), 0))
+        coefficient_sums(name, tensor.shape, torch.empty(1), 0)
         for name, tensor in tensors.items()
         if tensor.shape and tensor.dtype.kind == "float"
     ]

@@ -13,8 +13,10 @@ from ...statistics import STATISTICS_NAME, open_statistics
 from ..for_recipe import Wanted, check_same, placed, prepared_for
 from ..learning import learn_coefficients
 from ..preparation import Prepared
+from ..run import Progress
 from ..target import remove_earlier, tidy
-from .walk import Progress, calibrate_within, merge_identity, merged_sources
+from .merged import merge_identity, merged_sources
+from .walk import calibrate_within
 
 __all__ = ["make_within"]
 

@@ -19,7 +19,7 @@ from .tensor import PlannedTensor, SumFromData
 
 __all__ = ["DataOfModels", "check_weights", "open_data", "with_data"]
 
-_INPUTS = {
+_INPUTS: Mapping[str, str] = {
     "own": "what the model itself computes",
     "prefix": "what the model's blocks compute behind the merged blocks of a merge",
     "merged": "what the merged blocks of a merge compute",
