@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from merganser.calibration.preparation import prepare
+from merganser.calibration.single.preparation import prepare
 from merganser.statistics import Choice
 
 from ..merge.measure import Usage, run

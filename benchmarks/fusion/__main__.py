@@ -21,7 +21,7 @@ from benchmarks.merge.measure import CommandError, as_json, run
 from benchmarks.zoo import Zoo, load_zoo
 from benchmarks.zoo.sources import cache_folder
 from merganser import evaluate
-from merganser.calibration.preparation import read
+from merganser.calibration.single.preparation import read
 from merganser.distillation import open_cache
 from merganser.distillation.texts import record_number
 from merganser.distillation.training.sequences import Cached, read_cache

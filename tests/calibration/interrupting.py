@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from merganser.calibration import target
+from merganser.calibration.output import target
 
 
 class Stop(BaseException):

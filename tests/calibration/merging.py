@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merganser.calibration.preparation import prepare
+from merganser.calibration.single.preparation import prepare
 from merganser.calibration.within import calibrate_within
 from merganser.engine.merge import merge
 from merganser.engine.planner.planner import build_plan

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import merganser
 from merganser.adapters import published_name
-from merganser.calibration import run
 from merganser.calibration.forward import stream
-from merganser.calibration.preparation import prepare
+from merganser.calibration.single import run
+from merganser.calibration.single.preparation import prepare
 from merganser.checkpoint import Reader
 from merganser.errors import DataError, NonFiniteError, OutputError
 from merganser.inference.language_model import Tokenizer

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merganser
-from merganser.calibration import run
 from merganser.calibration.data.batches import Padded, Sample, Tokens, make_batches
 from merganser.calibration.forward import stream
 from merganser.calibration.forward.skeleton import Skeleton
 from merganser.calibration.reverse import backward, check_predicts
 from merganser.calibration.reverse import run as reverse_run
 from merganser.calibration.reverse.loss import Loss
+from merganser.calibration.single import run
 from merganser.checkpoint import Reader, open_checkpoint
 from merganser.cli import main
 from merganser.errors import DataError, NonFiniteError, UnsupportedError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from merganser.calibration.learning import learn_coefficients, learner
 from merganser.calibration.learning.sequences import of_step
-from merganser.calibration.preparation import prepare
+from merganser.calibration.single.preparation import prepare
 from merganser.cli import main
 from merganser.engine.merge import merge, plan
 from merganser.engine.planner.planner import build_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.calibration.reducers import REDUCERS, products_of
+from merganser.calibration.sums.reducers import REDUCERS, products_of
 
 LITERAL = {
     "magnitude": lambda rows: rows.abs().sum(0),

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from merganser.calibration import calibrate
-from merganser.calibration.for_recipe import make_statistics, wanted_by
 from merganser.calibration.forward import stream
+from merganser.calibration.output.target import Target, check_absent, remove_earlier
+from merganser.calibration.output.writer import write_json
+from merganser.calibration.recipes.statistics import make_statistics
+from merganser.calibration.recipes.wanted import wanted_by
+from merganser.calibration.recipes.within import _remove
 from merganser.calibration.reverse import run as reverse
-from merganser.calibration.target import Target, check_absent, remove_earlier
-from merganser.calibration.within.for_recipe import _remove
-from merganser.calibration.writer import write_json
 from merganser.errors import DataError, OutputError
 from merganser.recipe import load_recipe
 from tests.calibration.interrupting import killed_after_removing

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merganser.calibration.torchfile import load_working, save_working
+from merganser.calibration.output.torchfile import load_working, save_working
 from merganser.errors import OutputError
 
 

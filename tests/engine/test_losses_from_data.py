@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser
-from merganser.calibration.preparation import prepare
+from merganser.calibration.single.preparation import prepare
 from merganser.engine.merge import merge, plan
 from merganser.errors import DataError, RecipeError
 from tests.calibration.merging import LENGTH, Family, choice, make_family

@@ -15,9 +15,9 @@ from ..calibration.data.batches import Batch, Padded
 from ..calibration.data.samples import first_samples
 from ..calibration.forward.forward import check_streamable
 from ..calibration.forward.stream import Stream, StreamState
-from ..calibration.preparation import Data, Prepared, fingerprint, prepare
-from ..calibration.target import Target, check_absent
-from ..calibration.writer import Sum, file_name, write_json, write_sums
+from ..calibration.output.target import Target, check_absent
+from ..calibration.output.writer import Sum, file_name, write_json, write_sums
+from ..calibration.single.preparation import Data, Prepared, fingerprint, prepare
 from ..errors import DataError, NonFiniteError, UnsupportedError
 from ..inference.language_model import positions_of
 from ..process import release_freed_memory

@@ -15,9 +15,9 @@ from ..adapters import published_name
 from ..calibration.data.batches import Sample, make_batches, padding_token
 from ..calibration.data.data import Record
 from ..calibration.data.samples import first_samples
-from ..calibration.preparation import Data, fingerprint, read
-from ..calibration.target import Target, check_absent
-from ..calibration.writer import write_json
+from ..calibration.output.target import Target, check_absent
+from ..calibration.output.writer import write_json
+from ..calibration.single.preparation import Data, fingerprint, read
 from ..engine.output.failure import failures_of
 from ..errors import DataError, NonFiniteError
 from ..files import write_whole

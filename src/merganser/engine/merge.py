@@ -26,7 +26,7 @@ from .notebook import NotebookProgress, in_notebook
 from .stages import folder_name, made_stages, needed_stages, run_stage, with_folders
 
 if TYPE_CHECKING:
-    from ..calibration.home import StatisticsHome
+    from ..calibration.recipes.home import StatisticsHome
     from .adapters.plan import AdapterPlan
     from .plan.plan import Plan
     from .run import Progress, Result
@@ -204,7 +204,7 @@ def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> 
     """Return where statistics are planned or made in a temporary folder; None where no recipe names data."""
     if not any(recipe.names_data for recipe in recipes):
         return None
-    from ..calibration.home import StatisticsHome
+    from ..calibration.recipes.home import StatisticsHome
 
     return StatisticsHome(root / _STATISTICS, options.get("cache_dir"), partial(_plan_model, measured=False, **options))
 
@@ -218,7 +218,7 @@ def _statistics(
     if not calibrations:
         yield None
         return
-    from ..calibration.home import statistics_home
+    from ..calibration.recipes.home import statistics_home
 
     cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_model, measured=False, **options)
     with statistics_home(out, calibrations, fresh=fresh, cache_dir=cache_dir, plan_merge=plan_merge) as home:

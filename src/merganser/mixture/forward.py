@@ -19,7 +19,7 @@ from ..calibration.forward.forward import check_streamable
 from ..calibration.forward.internals import TensorReader
 from ..calibration.forward.skeleton import Block, Skeleton
 from ..calibration.forward.stream import Stream
-from ..calibration.preparation import read
+from ..calibration.single.preparation import read
 from ..errors import CheckpointError, UnsupportedError
 from ..inference.language_model import Tokenizer, positions_of
 from ..recipe.fields.data import Data

@@ -18,7 +18,7 @@ from merganser.calibration.forward.experts import expert_modules
 from merganser.calibration.forward.forward import check_streamable
 from merganser.calibration.forward.skeleton import Skeleton
 from merganser.calibration.forward.stream import Stream, StreamState
-from merganser.calibration.taps import Taps
+from merganser.calibration.sums.taps import Taps
 from merganser.checkpoint import open_checkpoint
 from merganser.errors import CheckpointError, NonFiniteError, UnsupportedError
 from tests.calibration.families import FAMILIES, VOCAB, save

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from merganser.calibration.for_recipe import wanted_by
+from merganser.calibration.recipes.wanted import wanted_by
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe
 from merganser.recipe.fields.data import DATA_KEYS

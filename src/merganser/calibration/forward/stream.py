@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import NonFiniteError
 from ..data.batches import Batch, Padded, pad
-from ..torchfile import load_working, save_working
+from ..output.torchfile import load_working, save_working
 from .forward import Output, logits, run_on_text
 from .skeleton import Block, Skeleton
 from .spool import Spool

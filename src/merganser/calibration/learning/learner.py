@@ -12,15 +12,15 @@ from torch import Tensor
 from ...engine.plan.plan import Plan
 from ...method import Learning, takes
 from ...statistics import sum_name
-from ..coefficients import coefficient_sums
 from ..data.batches import Batch
 from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
-from ..run import Progress, described, without
-from ..target import Target
-from ..torchfile import load_working, save_working
+from ..output.target import Target
+from ..output.torchfile import load_working, save_working
+from ..output.writer import file_name, write_about, write_sums
+from ..single.run import Progress, described, without
+from ..sums.coefficients import coefficient_sums
 from ..within.weights import ModelTensors
-from ..writer import file_name, write_about, write_sums
 from .descent import Passes
 from .field import Field, Weights, chosen, settings_of
 from .losses import Losses

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ...method import MergeMethod
-from ..coefficients import coefficient_sums
 from ..data.batches import Sample
 from ..forward import internals
 from ..forward.skeleton import Skeleton
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts
-from ..taps import Tapped
+from ..sums.coefficients import coefficient_sums
+from ..sums.taps import Tapped
 from .columns import coefficient_shape, input_axes
 
 __all__ = ["Descent", "LearningPlan", "descent_of", "learnt_coefficients", "plan_learning"]

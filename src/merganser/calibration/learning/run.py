@@ -14,15 +14,15 @@ from ...engine.record import fingerprint
 from ...errors import RecipeError
 from ...method import Learning
 from ...statistics import COUNT, Statistics, open_statistics
-from ..coefficients import COEFFICIENTS
 from ..forward.forward import check_streamable
 from ..forward.skeleton import Skeleton
-from ..preparation import Prepared
+from ..output.target import Target
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts
 from ..reverse.run import check_predicts
-from ..run import Progress
-from ..target import Target
+from ..single.preparation import Prepared
+from ..single.run import Progress
+from ..sums.coefficients import COEFFICIENTS
 from ..within.merged import merge_identity, merged_skeleton, merged_sources
 from ..within.weights import ModelTensors
 from .columns import input_axes

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..data.batches import Batch, make_batches
-from ..preparation import Prepared
+from ..single.preparation import Prepared
 
 __all__ = ["lined_up", "of_step", "usable"]
 

@@ -25,11 +25,11 @@ from ...version import __version__
 from ..forward.forward import check_streamable
 from ..forward.skeleton import Block
 from ..forward.stream import Stream, StreamState
-from ..preparation import Prepared, fingerprint
-from ..run import Progress
-from ..taps import Taps
-from ..target import Target
-from ..writer import Sum, file_name, write_json, write_sums
+from ..output.target import Target
+from ..output.writer import Sum, file_name, write_json, write_sums
+from ..single.preparation import Prepared, fingerprint
+from ..single.run import Progress
+from ..sums.taps import Taps
 from .sums import Correlation, Feature, features, units_of
 
 __all__ = ["about_pair", "correlate", "same_tokens", "same_units"]

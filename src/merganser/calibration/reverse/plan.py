@@ -16,8 +16,8 @@ from ...statistics import LOSS, LOSSES, PREDICTIONS
 from ..data.batches import Sample
 from ..forward import internals
 from ..forward.skeleton import Block, Skeleton
-from ..reducers import Gram
-from ..writer import Sum
+from ..output.writer import Sum
+from ..sums.reducers import Gram
 from .backward import outside_parameters
 from .parameters import Part, block_parameters, likely_parts
 from .run import LOSS_FILE, gradient_files

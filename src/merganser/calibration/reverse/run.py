@@ -15,8 +15,8 @@ from ...statistics import LOSS, LOSSES, PREDICTIONS, sum_name
 from ..data.batches import Batch
 from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
-from ..target import Target
-from ..writer import Sum, file_name, write_sums
+from ..output.target import Target
+from ..output.writer import Sum, file_name, write_sums
 from .backward import block_backward, head_backward, head_loss, outside_parameters
 from .gradient import Gradient, part_gradients
 from .loss import Loss, predicted

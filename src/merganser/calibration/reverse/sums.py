@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NonFiniteError
-from ..writer import Sum
+from ..output.writer import Sum
 from .gradient import Gradient
 from .parameters import Part
 

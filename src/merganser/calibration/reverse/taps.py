@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..forward import internals
 from ..forward.skeleton import Block
-from ..reducers import Gram
-from ..writer import Sum
+from ..output.writer import Sum
+from ..sums.reducers import Gram
 from .parameters import Part
 
 __all__ = ["GradientTaps"]

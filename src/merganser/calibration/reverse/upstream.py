@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..torchfile import load_working, save_working
+from ..output.torchfile import load_working, save_working
 from .gradient import Gradient
 
 __all__ = ["Upstream", "UpstreamFiles"]

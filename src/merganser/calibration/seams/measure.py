@@ -16,7 +16,7 @@ from ...errors import CheckpointError, suggest_keywords
 from ...statistics import Choice
 from ...statistics.choice import BATCH_TOKENS
 from ..data.batches import Batch
-from ..preparation import Data, Prepared, prepare
+from ..single.preparation import Data, Prepared, prepare
 from .places import Piece, Seam, find_pieces, find_seams
 from .states import Kept, run_and_keep, start
 

@@ -18,8 +18,8 @@ from ..forward.forward import check_streamable
 from ..forward.skeleton import Block, Skeleton
 from ..forward.spool import Spool
 from ..forward.stream import Stream
-from ..preparation import Prepared
 from ..reverse import check_predicts
+from ..single.preparation import Prepared
 
 __all__ = ["Kept", "Likelihood", "blocks_to", "likelihood", "received", "run_and_keep", "start"]
 

@@ -13,13 +13,13 @@ from ...checkpoint import Reader
 from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
 from ...errors import NonFiniteError, RecipeError
-from ..coefficients import coefficient_sums
 from ..forward.forward import call_block
 from ..forward.skeleton import Block, Skeleton
 from ..forward.stream import Stream
 from ..reverse.gradient import Uses
 from ..reverse.parameters import Part, block_parameters, find_parts
-from ..taps import Tapped
+from ..sums.coefficients import coefficient_sums
+from ..sums.taps import Tapped
 
 __all__ = ["Pupil", "fit_block", "planned_coefficients", "sequences_of_step"]
 

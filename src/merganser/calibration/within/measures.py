@@ -15,7 +15,7 @@ from ...engine.plan.plan import Plan
 from ..data.batches import Batch
 from ..forward.skeleton import Block, Skeleton
 from ..forward.stream import Stream
-from ..taps import Seen, Tapped, Taps
+from ..sums.taps import Seen, Tapped, Taps
 from .fitting import Pupil, fit_block
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...statistics import COUNT
 from ..forward.skeleton import Skeleton
-from ..reducers import CrossGram, products_of
-from ..taps import Tapped
-from ..writer import Sum
+from ..output.writer import Sum
+from ..sums.reducers import CrossGram, products_of
+from ..sums.taps import Tapped
 
 __all__ = ["CROSS_GRAM", "Pairs", "planned_pairs"]
 

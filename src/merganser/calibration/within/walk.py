@@ -25,11 +25,11 @@ from ..data.batches import Batch
 from ..forward.forward import check_streamable
 from ..forward.skeleton import Block
 from ..forward.stream import Stream, StreamState
-from ..preparation import Prepared
-from ..run import Progress, described, fits, without
-from ..taps import Tapped
-from ..target import Target
-from ..writer import file_name, write_about, write_sums
+from ..output.target import Target
+from ..output.writer import file_name, write_about, write_sums
+from ..single.preparation import Prepared
+from ..single.run import Progress, described, fits, without
+from ..sums.taps import Tapped
 from .fitting import sequences_of_step
 from .measures import MEASURES, Measured, Site
 from .merged import merge_identity, merged_skeleton, merged_sources

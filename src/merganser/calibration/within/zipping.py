@@ -20,8 +20,8 @@ from ...errors import RecipeError
 from ...statistics import COUNT
 from ..forward.skeleton import Block, Skeleton
 from ..matching.sums import Correlation, Feature, features, units_of
-from ..taps import Seen, Tapped
-from ..writer import Sum
+from ..output.writer import Sum
+from ..sums.taps import Seen, Tapped
 
 __all__ = ["GROUPS", "Zipper", "planned_groups", "zip_settings", "zip_units"]
 

@@ -14,7 +14,7 @@ import xxhash
 
 from ...calibration.data.data import DataFile
 from ...calibration.data.samples import first_samples
-from ...calibration.preparation import read
+from ...calibration.single.preparation import read
 from ...errors import DataError
 from ...files import write_whole
 from ...inference.stored import open_stored

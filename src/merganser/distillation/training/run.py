@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...calibration.preparation import fingerprint
-from ...calibration.target import Target, check_absent
+from ...calibration.output.target import Target, check_absent
+from ...calibration.single.preparation import fingerprint
 from ...engine.kernels.devices import resolve_devices
 from ...engine.output.failure import failures_of
 from ...errors import UnsupportedError

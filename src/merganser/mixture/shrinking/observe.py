@@ -14,7 +14,7 @@ from ...calibration.data.batches import Batch
 from ...calibration.forward.experts import observed_experts
 from ...calibration.forward.forward import check_streamable, replaced
 from ...calibration.forward.stream import Stream
-from ...calibration.preparation import Prepared
+from ...calibration.single.preparation import Prepared
 from ...errors import UnsupportedError
 from ...process import release_freed_memory
 from .experts import Observed

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...calibration.preparation import Data, Prepared, prepare
+from ...calibration.single.preparation import Data, Prepared, prepare
 from ...checkpoint import Checkpoint, plan_shards
 from ...engine.alignment.complete import check_complete
 from ...engine.new_tensors import TensorSpool, copied_from

@@ -13,13 +13,14 @@ from ...recipe import Recipe
 from ...recipe.fields.align import Align
 from ...statistics import CalibrationPlan
 from ...statistics.correlations import CORRELATIONS_NAME, Correlations, open_correlations
-from ..cost import rate_of_sums
-from ..plan import plan_prepared
-from ..preparation import Prepared, prepare
-from ..target import remove_earlier, tidy
-from ..writer import file_name
-from .run import about_pair, correlate, same_tokens, same_units
-from .sums import Correlation, features
+from ..matching.run import about_pair, correlate, same_tokens, same_units
+from ..matching.sums import Correlation, features
+from ..output.target import remove_earlier, tidy
+from ..output.writer import file_name
+from ..planning.cost import rate_of_sums
+from ..planning.plan import plan_prepared
+from ..single.preparation import Prepared, prepare
+from .wanted import folder_name, free_name
 
 __all__ = ["WantedMatch", "make_match", "matches_wanted_by", "plan_match", "with_matches"]
 
@@ -39,14 +40,11 @@ class WantedMatch:
     align: Align
 
 
-def matches_wanted_by(recipe: Recipe, name: Callable[[str], str], free: Callable[[str, Collection[str]], str],
-                      taken: Collection[str]) -> list[WantedMatch]:  # fmt: skip
+def matches_wanted_by(recipe: Recipe, taken: Collection[str]) -> list[WantedMatch]:
     """Return the correlations that must be made before a recipe can be merged.
 
     Args:
         recipe: The recipe.
-        name: Gives a name for the folder of a model.
-        free: Returns a name, with a number where it is taken.
         taken: Names of folders that are taken.
     """
     align = recipe.align
@@ -56,7 +54,7 @@ def matches_wanted_by(recipe: Recipe, name: Callable[[str], str], free: Callable
     for model in recipe.references():
         if model == align.to:
             continue
-        used.append(free(f"matching-{name(model.path)}", used))
+        used.append(free_name(f"matching-{folder_name(model.path)}", used))
         found.append(WantedMatch(used[-1], str(model), align))
     return found
 

@@ -1,4 +1,4 @@
-"""Plan a calibration: which sums it will write, and what it takes (`cost.py`); no weights are read."""
+"""Plan a calibration: which sums it will write, and what it takes; no weights are read."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import DTYPE_BY_NAME, plan_shards
-from ..errors import OutputError
-from ..jsonfile import os_reason
-from ..statistics import STATISTICS_NAME, CalibrationPlan, Choice, sum_name
-from ..statistics.choice import BATCH_TOKENS
+from ...checkpoint import DTYPE_BY_NAME, plan_shards
+from ...errors import OutputError
+from ...jsonfile import os_reason
+from ...statistics import STATISTICS_NAME, CalibrationPlan, Choice, sum_name
+from ...statistics.choice import BATCH_TOKENS
+from ..forward.forward import Output, run_alone
+from ..learning import plan_learning
+from ..output.writer import Sum, file_name, write_about
+from ..reverse import GRADIENTS, LOSS_FILE, check_predicts
+from ..reverse.plan import plan_reverse, planned_sums
+from ..single.preparation import Data, Prepared, check_given, prepare
+from ..single.run import described, fits, without
+from ..sums.reducers import REDUCERS
+from ..sums.taps import Tapped, Taps
 from .cost import cost_of_forward, forward_operations
-from .forward.forward import Output, run_alone
 from .kinds import KINDS
-from .learning import plan_learning
 from .mode import ALONE, Mode
-from .preparation import Data, Prepared, check_given, prepare
-from .reducers import REDUCERS
-from .reverse import GRADIENTS, LOSS_FILE, check_predicts
-from .reverse.plan import plan_reverse, planned_sums
-from .run import described, fits, without
-from .taps import Tapped, Taps
-from .writer import Sum, file_name, write_about
 
 __all__ = ["lay_out", "plan_calibration", "plan_prepared"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import Reader, TensorInfo
-from ..errors import DataError
-from ..statistics import LOSSES, Statistics, check_values, open_statistics
+from ...checkpoint import Reader, TensorInfo
+from ...errors import DataError
+from ...statistics import LOSSES, Statistics, check_values, open_statistics
+from ..output.target import Target
+from ..output.writer import Sum, write_about, write_sums
 from .preparation import fingerprint
-from .target import Target
-from .writer import Sum, write_about, write_sums
 
 __all__ = ["add_statistics"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..method import DataInputs
-from .coefficients import COEFFICIENTS
-from .forward.skeleton import Skeleton
-from .learning import learnt_coefficients
+from ...method import DataInputs
+from ..forward.skeleton import Skeleton
+from ..learning import learnt_coefficients
+from ..sums.coefficients import COEFFICIENTS
+from ..sums.taps import Tapped
+from ..within.fitting import planned_coefficients
+from ..within.pairs import CROSS_GRAM, planned_pairs
+from ..within.zipping import GROUPS, planned_groups
 from .mode import Mode
-from .taps import Tapped
-from .within.fitting import planned_coefficients
-from .within.pairs import CROSS_GRAM, planned_pairs
-from .within.zipping import GROUPS, planned_groups
 
 __all__ = ["KINDS", "Kind"]
 

@@ -10,13 +10,14 @@ from ...engine.output.failure import failures_of
 from ...engine.plan.plan import Plan
 from ...errors import DataError, OutputError, RecipeError
 from ...statistics import STATISTICS_NAME, open_statistics
-from ..for_recipe import Wanted, check_same, placed, prepared_for
 from ..learning import learn_coefficients
-from ..preparation import Prepared
-from ..run import Progress
-from ..target import remove_earlier, tidy
-from .merged import merge_identity, merged_sources
-from .walk import calibrate_within
+from ..output.target import remove_earlier, tidy
+from ..single.preparation import Prepared
+from ..single.run import Progress
+from ..within.merged import merge_identity, merged_sources
+from ..within.walk import calibrate_within
+from .statistics import check_same, placed, prepared_for
+from .wanted import Wanted
 
 __all__ = ["make_within"]
 

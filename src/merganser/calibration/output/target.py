@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..engine.output.failure import failures_of, write_error
-from ..engine.output.lock import lock_target
-from ..engine.output.ownership import MARKER, claim, survey
-from ..errors import CheckpointError, MergeError, OutputError
-from ..jsonfile import read_object
-from ..statistics import STATISTICS_NAME
+from ...engine.output.failure import failures_of, write_error
+from ...engine.output.lock import lock_target
+from ...engine.output.ownership import MARKER, claim, survey
+from ...errors import CheckpointError, MergeError, OutputError
+from ...jsonfile import read_object
+from ...statistics import STATISTICS_NAME
 from .writer import write_json
 
 __all__ = ["LEFT", "Target", "check_absent", "remove_earlier", "tidy", "working_names"]

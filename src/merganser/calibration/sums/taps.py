@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
-from ..statistics import COUNT
-from .data.batches import Batch
-from .forward import internals
-from .forward.experts import ExpertInputs, expert_matrices, expert_modules, observed_experts, router_modules
-from .forward.forward import replaced
-from .forward.skeleton import Block, Skeleton
+from ...errors import UnsupportedError
+from ...statistics import COUNT
+from ..data.batches import Batch
+from ..forward import internals
+from ..forward.experts import ExpertInputs, expert_matrices, expert_modules, observed_experts, router_modules
+from ..forward.forward import replaced
+from ..forward.skeleton import Block, Skeleton
+from ..output.writer import Sum
 from .reducers import REDUCERS, Reducer, products_of
-from .writer import Sum
 
 __all__ = ["Seen", "Tapped", "Taps", "check_inputs"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import OutputError
-from ..jsonfile import os_reason
+from ...errors import OutputError
+from ...jsonfile import os_reason
 
 __all__ = ["load_working", "save_working"]
 

@@ -7,27 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ..engine.output.beside import continued_folder_beside
-from ..engine.output.ownership import MARKER
-from ..engine.plan.plan import Plan
-from ..engine.run import Interrupted
-from ..recipe import Recipe
-from ..recipe.document.place import Place
-from ..statistics import CalibrationPlan
-from .for_recipe import (
-    Wanted,
-    folder_name,
-    free_name,
-    make_statistics,
-    plan_statistics,
-    wanted_by,
-    with_statistics,
-)
-from .learning import check_learning
-from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
-from .target import LEFT, working_names
-from .within.for_recipe import make_within
-from .within.merged import merge_identity
+from ...engine.output.beside import continued_folder_beside
+from ...engine.output.ownership import MARKER
+from ...engine.plan.plan import Plan
+from ...engine.run import Interrupted
+from ...recipe import Recipe
+from ...recipe.document.place import Place
+from ...statistics import CalibrationPlan
+from ..learning import check_learning
+from ..output.target import LEFT, working_names
+from ..within.merged import merge_identity
+from .matches import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
+from .statistics import make_statistics, plan_statistics
+from .wanted import Wanted, wanted_by, with_statistics
+from .within import make_within
 
 __all__ = ["Progress", "StatisticsHome", "statistics_home"]
 
@@ -129,7 +122,7 @@ class StatisticsHome:
         return found
 
     def _wanted_matches(self, recipe: Recipe) -> list[WantedMatch]:
-        found = matches_wanted_by(recipe, folder_name, free_name, self._taken)
+        found = matches_wanted_by(recipe, self._taken)
         self._taken += [each.name for each in found]
         return found
 

@@ -1,41 +1,25 @@
-"""Make the statistics that a recipe's method needs from the data that the recipe names."""
+"""The statistics that must be made before a recipe can be merged, from the data that it names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, MergeError, OutputError, RecipeError
-from ..method import MergeMethod
-from ..recipe import Inputs, ModelReference, Recipe, Resolver, Slice, Source, check_recipe
-from ..recipe.document.place import Place
-from ..recipe.fields.data import Data
-from ..statistics import LOSS, STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
-from ..statistics.choice import LABELS
-from .learning import Descent, descent_of
-from .mode import ALONE, Mode
-from .plan import lay_out, plan_prepared
-from .preparation import STATISTICS, Prepared, prepare
-from .reverse import GRADIENTS
-from .run import Progress, run_prepared
-from .target import remove_earlier, tidy
+from ...errors import RecipeError
+from ...method import MergeMethod
+from ...recipe import Inputs, ModelReference, Recipe, Resolver, Slice, Source, check_recipe
+from ...recipe.document.place import Place
+from ...recipe.fields.data import Data
+from ...statistics import LOSS
+from ...statistics.choice import LABELS
+from ..learning import Descent, descent_of
+from ..planning.mode import ALONE, Mode
+from ..reverse import GRADIENTS
 
-__all__ = [
-    "Wanted",
-    "check_same",
-    "folder_name",
-    "free_name",
-    "make_statistics",
-    "placed",
-    "plan_statistics",
-    "prepared_for",
-    "wanted_by",
-    "with_statistics",
-]
+__all__ = ["Wanted", "folder_name", "free_name", "wanted_by", "with_statistics"]
 
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -213,120 +197,6 @@ def with_statistics(recipe: Recipe, folders: Mapping[Wanted, Path]) -> Recipe:
         models=tuple(source(each, recipe.base_model) for each in recipe.models),
         slices=tuple(map(piece, recipe.slices)),
     )
-
-
-def plan_statistics(
-    wanted: Wanted, folder: Path, kept: Path | None, cache_dir: Path | None, merge: str | None = None
-) -> CalibrationPlan:
-    """Plan a calibration, and lay out its statistics without values, for planning the merge.
-
-    Args:
-        wanted: What to make.
-        folder: The folder to write, which must not exist.
-        kept: Where the statistics will be; None where that is temporary.
-        cache_dir: Folder for models from the Hub.
-        merge: The hash of the merge within which they are measured; None if there is none, or it is not known yet.
-
-    Raises:
-        MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
-    """
-    with placed(wanted), prepared_for(wanted, cache_dir) as prepared:
-        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.mode)
-        lay_out(prepared, blocks, folder, wanted.mode)
-        present = kept is not None and (kept / STATISTICS_NAME).exists()
-        if present and kept is not None:
-            check_same(open_statistics(kept), prepared, kept, merge=merge, hashing=False)
-        return replace(plan, present=present)
-
-
-def make_statistics(
-    wanted: Wanted, folder: Path, *, kept: bool, cache_dir: Path | None, progress: Progress | None
-) -> Statistics:
-    """Calibrate a model, unless the statistics are there; an interrupted calibration continues.
-
-    Args:
-        wanted: What to make.
-        folder: The folder for them.
-        kept: Whether the folder is the user's: other statistics in it are refused, and replaced otherwise.
-        cache_dir: Folder for models from the Hub.
-        progress: Called with the number of finished blocks and of all blocks.
-
-    Raises:
-        MergeError: They cannot be made; the message begins with the place in the recipe.
-    """
-    with placed(wanted), prepared_for(wanted, cache_dir) as prepared:
-        tidy(folder)
-        if (folder / STATISTICS_NAME).exists():
-            try:
-                present = open_statistics(folder)
-                check_same(present, prepared, folder, hashing=True)
-                return present
-            except (DataError, OutputError):
-                # others, or what is left of others by a run that was killed while it removed them
-                if kept:
-                    raise
-            remove_earlier(folder)
-        return run_prepared(prepared, folder, progress)
-
-
-@contextmanager
-def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
-    """Prepare a calibration."""
-    data = wanted.data
-    with prepare(
-        wanted.model,
-        data.source,
-        statistics=[name for name in wanted.statistics if name in STATISTICS],
-        choice=data.choice,
-        labels=data.labels or LABELS[0],
-        batch_tokens=data.batch_tokens,
-        cache_dir=cache_dir,
-    ) as prepared:
-        yield prepared
-
-
-@contextmanager
-def placed(wanted: Wanted) -> Iterator[None]:
-    """Let the messages of errors begin with the place in the recipe."""
-    try:
-        yield
-    except MergeError as error:
-        raise type(error)(f"{wanted.place}: data: {error}") from None
-
-
-def check_same(
-    present: Statistics, prepared: Prepared, folder: Path, *, hashing: bool, merge: str | None = None
-) -> None:
-    """Check that statistics are those that would be made.
-
-    Args:
-        present: The statistics.
-        prepared: What they would be made of.
-        folder: Where they are.
-        hashing: Whether to hash the model's files; otherwise a few of its weights are compared.
-        merge: The hash of the merge within which they would be measured; None to compare none.
-
-    Raises:
-        OutputError: They are of another model, of other data, or of another merge.
-    """
-    about = prepared.about(hashing=hashing)
-    model, size = present.about["model"], prepared.batch_tokens
-    known = "hash" if hashing else "sample"
-    other = {
-        # statistics of an earlier version have no sample
-        "of other weights": model.get(known, about["model"][known]) != about["model"][known],
-        "of another tokenizer": present.about["tokenizer"] != about["tokenizer"],
-        "of other data, or other sequences of them": present.about["parts"] != about["parts"],
-        "of another loss": prepared.labels is not None and present.about.get("labels") != prepared.labels,
-        "of other kinds": not set(prepared.statistics) <= set(present.statistics),
-        "of another merge": merge is not None and present.merge != merge,
-        "of batches of another size (batch_tokens)": present.about.get("batch_tokens", size) != size,
-    }
-    found = next((reason for reason, differs in other.items() if differs), None)
-    if found is not None:
-        raise OutputError(
-            f"{folder}: the statistics there are {found} than the recipe's; remove them, or keep these in another folder"
-        )
 
 
 def _anywhere(data: Data) -> Data:

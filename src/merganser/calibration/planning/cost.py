@@ -10,18 +10,18 @@ from functools import lru_cache, partial
 
 import torch
 
-from ..anatomy.settings.mixtures import COUNTS
-from ..checkpoint import DTYPE_BY_NAME
-from ..statistics import COUNT
-from .forward.skeleton import Skeleton
+from ...anatomy.settings.mixtures import COUNTS
+from ...checkpoint import DTYPE_BY_NAME
+from ...statistics import COUNT
+from ..forward.skeleton import Skeleton
+from ..learning import LearningPlan
+from ..reverse.plan import ReversePlan
+from ..single.preparation import Prepared
+from ..sums.reducers import REDUCERS, CrossGram, Reducer, products_of
+from ..sums.taps import Tapped
+from ..within.pairs import CROSS_GRAM
 from .kinds import KINDS
-from .learning import LearningPlan
 from .mode import Mode
-from .preparation import Prepared
-from .reducers import REDUCERS, CrossGram, Reducer, products_of
-from .reverse.plan import ReversePlan
-from .taps import Tapped
-from .within.pairs import CROSS_GRAM
 
 __all__ = ["Cost", "cost_of_forward", "forward_operations", "rate_of_sums"]
 

@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import suggest_keywords
-from ..process import release_freed_memory
-from ..statistics import Choice, Statistics, open_statistics, sum_name
-from ..statistics.choice import BATCH_TOKENS
-from .data.batches import Batch, longest_first
-from .forward.forward import check_streamable
-from .forward.skeleton import Skeleton
-from .forward.stream import Stream, StreamState
+from ...errors import suggest_keywords
+from ...process import release_freed_memory
+from ...statistics import Choice, Statistics, open_statistics, sum_name
+from ...statistics.choice import BATCH_TOKENS
+from ..data.batches import Batch, longest_first
+from ..forward.forward import check_streamable
+from ..forward.skeleton import Skeleton
+from ..forward.stream import Stream, StreamState
+from ..output.target import Target, check_absent
+from ..output.writer import file_name, write_about, write_sums
+from ..reverse import GRADIENTS, Loss, Reverse, check_predicts
+from ..sums.reducers import REDUCERS
+from ..sums.taps import Tapped, Taps, check_inputs
 from .preparation import STATISTICS, Data, Prepared, check_given, fingerprint, prepare
-from .reducers import REDUCERS
-from .reverse import GRADIENTS, Loss, Reverse, check_predicts
-from .taps import Tapped, Taps, check_inputs
-from .target import Target, check_absent
-from .writer import file_name, write_about, write_sums
 
 __all__ = ["STATISTICS", "calibrate", "run_prepared"]
 

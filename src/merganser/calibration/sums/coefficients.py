@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..statistics import COUNT
+from ...statistics import COUNT
+from ..output.writer import Sum
 from .taps import Tapped
-from .writer import Sum
 
 __all__ = ["COEFFICIENTS", "coefficient_sums"]
 

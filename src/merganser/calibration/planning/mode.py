@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import DataInputs
-from .learning import Descent
+from ...method import DataInputs
+from ..learning import Descent
 
 __all__ = ["ALONE", "Mode"]
 

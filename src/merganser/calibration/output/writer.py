@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import DTYPE_BY_NAME, plan_shards
-from ..errors import OutputError
-from ..files import write_whole
-from ..jsonfile import os_reason
-from ..statistics import STATISTICS_NAME
+from ...checkpoint import DTYPE_BY_NAME, plan_shards
+from ...errors import OutputError
+from ...files import write_whole
+from ...jsonfile import os_reason
+from ...statistics import STATISTICS_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 import xxhash
 
-from ..adapters import open_reference, published_name
-from ..errors import DataError, UnsupportedError, did_you_mean
-from ..inference.language_model import Tokenizer, open_tokenizer
-from ..inference.stored import Source, open_stored
-from ..statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
-from ..statistics.choice import BATCH_TOKENS, LABELS
-from ..statistics.weights import weights_sample
-from ..version import __version__
-from .data.batches import Batch, Sample, Tokens, make_batches, padding_token
-from .data.data import DataFile, read_data
-from .data.dataset import read_dataset
-from .data.samples import choose_samples
-from .forward.skeleton import Skeleton
-from .reducers import REDUCERS
-from .reverse import GRADIENTS
+from ...adapters import open_reference, published_name
+from ...errors import DataError, UnsupportedError, did_you_mean
+from ...inference.language_model import Tokenizer, open_tokenizer
+from ...inference.stored import Source, open_stored
+from ...statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
+from ...statistics.choice import BATCH_TOKENS, LABELS
+from ...statistics.weights import weights_sample
+from ...version import __version__
+from ..data.batches import Batch, Sample, Tokens, make_batches, padding_token
+from ..data.data import DataFile, read_data
+from ..data.dataset import read_dataset
+from ..data.samples import choose_samples
+from ..forward.skeleton import Skeleton
+from ..reverse import GRADIENTS
+from ..sums.reducers import REDUCERS
 
 __all__ = ["STATISTICS", "Data", "Prepared", "check_given", "fingerprint", "prepare", "read"]
 

@@ -1,0 +1,1 @@
+"""Folders that a calibration writes, and how an interrupted one continues."""

@@ -1,0 +1,1 @@
+"""Plan a calibration: what it will write, and what it takes; no weights are read."""

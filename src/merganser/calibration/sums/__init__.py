@@ -1,0 +1,1 @@
+"""Sums over what the matrices of a block receive."""
