@@ -29,8 +29,8 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
-        from_data=_from_data(method, of_base=False),
-        from_data_of_base=_from_data(method, of_base=True),
+        from_data=list(method.data_statistics(optional=False)),
+        from_data_of_base=list(method.data_statistics(of_base=True)),
         data_of=method.data_of,
         data_inputs=method.data_inputs,
         sidecar=method.sidecar is not None,
@@ -42,13 +42,6 @@ def describe(method: MergeMethod) -> MethodDescription:
         no_effect=dict(method.ignored),
         version=method.version,
     )
-
-
-def _from_data(method: MergeMethod, *, of_base: bool) -> list[str]:
-    found: list[str] = [own.statistic for own in method.from_data.values() if (own.of == "base_on_models") == of_base]
-    if not of_base:
-        found += [own.measured for own in method.numbers.values() if not own.optional]
-    return list(dict.fromkeys(found))
 
 
 def _parameter(parameter: Parameter) -> ParameterDescription:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .sidecar import Sidecar
 
 __all__ = ["Ignored", "Law", "MergeMethod", "Scope", "fill"]
+
+T = TypeVar("T")
 
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
@@ -94,6 +96,22 @@ class MergeMethod:
     def data_of(self) -> Literal["models", "base", "first"]:
         """Whose statistics from data it takes, as in `FromData`."""
         return next((own.of for own in self.from_data.values() if own.of != "base_on_models"), "models")
+
+    def data_sources(self, base: Sequence[T], models: Sequence[T]) -> Sequence[T]:
+        """Return those of the base (none or one) and the models whose statistics from data it takes, as `data_of` says."""
+        return {"models": models, "base": base, "first": models[:1]}[self.data_of]
+
+    def data_statistics(self, *, of_base: bool = False, optional: bool = True) -> tuple[str, ...]:
+        """Return the names of the statistics that `merganser calibrate` measures for it, each once.
+
+        Args:
+            of_base: Those of the base on the data of every model, in place of those of `data_sources`.
+            optional: Whether to count those in without which it works.
+        """
+        found: list[str] = [own.statistic for own in self.from_data.values() if (own.of == "base_on_models") == of_base]
+        if not of_base:
+            found += [own.measured for own in self.numbers.values() if optional or not own.optional]
+        return tuple(dict.fromkeys(found))
 
     @cached_property
     def random(self) -> bool:

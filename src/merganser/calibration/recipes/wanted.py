@@ -62,7 +62,6 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         return []
     resolver = check_recipe(recipe)
     method = resolver.method
-    own, of_base = _statistics(method)
     pairs = [pair for i in range(len(resolver.slices)) for pair in _measured(method, resolver.sources(i))]
     _check_used(recipe, method, pairs)
     found: dict[tuple[str, Data, bool], Wanted] = {}
@@ -75,7 +74,7 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         if key not in found:
             used = [*taken, *(each.name.removeprefix(group) for each in found.values())]
             name = free_name(f"base-on-{_name(source)}" if for_base else _name(source), used)
-            statistics = of_base if for_base else own
+            statistics = method.data_statistics(of_base=for_base)
             found[key] = Wanted(group + name, key[0], source.data, statistics, source.place, for_base)
     aligned = recipe.align is not None and recipe.align.data is not None
     for unused in ("data", "keep_statistics"):
@@ -106,14 +105,6 @@ def _descent(resolver: Resolver) -> Descent | None:
     if resolver.method.data_inputs != "end_to_end":
         return None
     return descent_of(resolver.method, _parameters(resolver))
-
-
-def _statistics(method: MergeMethod) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the statistics that a method takes of what it measures, and of the base on every model's data."""
-    own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
-    own += [each.measured for each in method.numbers.values()]
-    of_base = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
-    return tuple(dict.fromkeys(own)), tuple(dict.fromkeys(of_base))
 
 
 def _check_used(recipe: Recipe, method: MergeMethod, pairs: Sequence[tuple[Source, Source, bool]]) -> None:
@@ -156,10 +147,10 @@ def _check_labels(method: MergeMethod, wanted: Sequence[Wanted]) -> None:
 
 def _measured(method: MergeMethod, inputs: Inputs) -> list[tuple[Source, Source, bool]]:
     """Return what a method takes statistics of: each model, the source whose data it runs on, and if it is the base."""
-    own, of_base = _statistics(method)
     bases = () if inputs.base is None else (inputs.base,)
-    sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
-    found = [(source, source, False) for source in sources] if own else []
+    sources = method.data_sources(bases, inputs.models)
+    found = [(source, source, False) for source in sources] if method.data_statistics() else []
+    of_base = method.data_statistics(of_base=True)
     return found + [(base, source, True) for base in bases for source in sources if of_base]
 
 

@@ -205,10 +205,8 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
     bases = () if inputs.base is None else (inputs.base,)
-    own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
-    own += [each.measured for each in method.numbers.values()]
-    of_base: list[str] = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
-    sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
+    own, of_base = method.data_statistics(), method.data_statistics(of_base=True)
+    sources = method.data_sources(bases, inputs.models)
     for source in (*bases, *inputs.models):
         if source.statistics is not None and (not own or source not in sources):
             of = ("of the base" if source in bases else "of this model") if own else "from data"
@@ -228,7 +226,7 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
 
 def _open(method: MergeMethod, source: Source, names: Sequence[str]) -> Statistics:
     if source.statistics is None:
-        raise RecipeError(_missing(method, source, ", ".join(dict.fromkeys(names))))
+        raise RecipeError(_missing(method, source, ", ".join(names)))
     folder = open_statistics(source.statistics)
     if folder.inputs != method.data_inputs:
         raise RecipeError(
@@ -241,7 +239,7 @@ def _open(method: MergeMethod, source: Source, names: Sequence[str]) -> Statisti
 
 
 def _open_of_base(method: MergeMethod, inputs: Inputs, source: Source, names: Sequence[str]) -> Statistics:
-    wanted = ", ".join(dict.fromkeys(names))
+    wanted = ", ".join(names)
     if source.base_statistics is None:
         base = "BASE" if inputs.base is None else inputs.base.model
         raise RecipeError(
@@ -276,8 +274,7 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     """
     if data is None or tensor.copy or not tensor.method.from_data:
         return tensor
-    taken = {"models": tensor.models, "base": tensor.inputs[:1], "first": tensor.models[:1]}
-    sums, turned = data.of(tensor.base, taken[tensor.method.data_of])
+    sums, turned = data.of(tensor.base, tensor.method.data_sources(tensor.inputs[:1], tensor.models))
     return replace(tensor, data=sums, turned=turned and tensor.method.scope == "matrix")
 
 
