@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_model(model: Path, tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     given = recipe(model, str(tmp_path / "d.jsonl"))
     given["models"].append({"model": str(other)})
-    with pytest.raises(MergeError, match="tokenizer") as found:
+    with pytest.raises(MergeError, match="use the tokenizer that the model was trained with") as found:
         merganser.merge(given, tmp_path / "out")
     assert "models[1]" in str(found.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "other"]

@@ -48,7 +48,11 @@ class Passes:
         skeleton.fill_outside(head=True, source=self._weights)
 
     def forward(self, batches: Sequence[Batch]) -> Stream:
-        """Run all blocks on some sequences; the weights outside the blocks must be loaded."""
+        """Run all blocks on some sequences; the weights outside the blocks must be loaded.
+
+        Returns:
+            The outputs of every block for every sequence, kept on disk for `backward`.
+        """
         stream = Stream(self._skeleton, batches, self._folder, keep=True)
         for block in self._skeleton.blocks:
             self._weights.prepare(block.sources)

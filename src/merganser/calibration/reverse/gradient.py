@@ -53,7 +53,7 @@ class Gradient:
         self.rows = unique, values.new_zeros(len(unique), *values.shape[1:]).index_add_(0, place, values)
 
     def of_rows(self, indices: Tensor) -> Tensor:
-        """Return what the products are at some indices along the first axis."""
+        """Return the rows of the sum of all products with some indices, shape [indices, columns]."""
         return torch.stack([left[:, indices].T @ right for left, right in self.products]).sum(0)
 
     def add_to(self, total: Tensor) -> None:
@@ -164,7 +164,7 @@ class Uses(TorchFunctionMode):
         return found
 
     def add(self, dense: Mapping[str, Tensor]) -> None:
-        """Add to the gradients what autograd found, by name."""
+        """Add the gradients that autograd found, by name, each in the shape of its parameter."""
         for name, own in dense.items():
             self.gradients.setdefault(name, Gradient()).dense = own
 

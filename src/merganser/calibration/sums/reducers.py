@@ -71,7 +71,7 @@ class Reducer(Protocol):
         """Add the inputs of some tokens, float32, shape [tokens, width]."""
 
     def result(self) -> Tensor:
-        """Return the sum; nothing may be added afterwards."""
+        """Return the sum, in the shape of `shape_of`; nothing may be added afterwards."""
 
 
 class _Vector:
@@ -93,7 +93,7 @@ class _Vector:
         self._sum = torch.zeros(width, dtype=torch.float64)
 
     def result(self) -> Tensor:
-        """Return the sum."""
+        """Return the sum, shape [width], float64."""
         return self._sum
 
 
@@ -147,7 +147,7 @@ class Gram:
             panel += rows[:, start : start + len(panel)].T @ rows[:, start:]
 
     def result(self) -> Tensor:
-        """Return the sum, with its lower half."""
+        """Return the sum with its lower half, shape [width, width], float32."""
         found = torch.empty(self.shape_of(self.width), dtype=torch.float32)
         while self._panels:
             start, panel = self._panels.popitem()
@@ -193,5 +193,5 @@ class CrossGram:
             self._sum[start : start + _WIDEST] += rows[:, start : start + _WIDEST].T @ others
 
     def result(self) -> Tensor:
-        """Return the sum."""
+        """Return the sum, shape [width, width], float64; it is stored in float32."""
         return self._sum

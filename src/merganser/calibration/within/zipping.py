@@ -57,7 +57,7 @@ class Zipper:
                 self._tokens[name] += len(each[0])
 
     def result(self, alpha: float, beta: float) -> list[list[Tapped]]:
-        """Return for each model the groups of every tensor that holds hidden units of the block."""
+        """Return for each model the groups of every tensor that holds hidden units of the block, shape [rows + columns]."""
         found: list[list[Tapped]] = [[] for _ in range(self._count)]
         for name, own in self._sums.items():
             feature = self.places[name]
