@@ -16,7 +16,7 @@ from ..reverse.backward import Scored, block_backward, head_backward, outside_pa
 from ..reverse.gradient import Gradient
 from ..reverse.parameters import Part, block_parameters, find_parts
 from ..reverse.upstream import Upstream
-from .field import Field, Weights
+from .coefficients import Coefficients, LearntTensors
 
 __all__ = ["LossOf", "Passes"]
 
@@ -29,14 +29,14 @@ class Passes:
 
     Args:
         skeleton: The merged model, in float32.
-        field: The coefficients.
+        coefficients: The coefficients.
         weights: The weights that they make.
         folder: Folder for the outputs of blocks; it must exist.
     """
 
-    def __init__(self, skeleton: Skeleton, field: Field, weights: Weights, folder: Path) -> None:
+    def __init__(self, skeleton: Skeleton, coefficients: Coefficients, weights: LearntTensors, folder: Path) -> None:
         self._skeleton = skeleton
-        self._field = field
+        self._coefficients = coefficients
         self._weights = weights
         self._folder = folder
         self._parts: dict[int, Mapping[str, Part]] = {}
@@ -61,7 +61,7 @@ class Passes:
         return stream
 
     def backward(self, stream: Stream, loss: LossOf, parts: Sequence[Sequence[int]]) -> list[float]:
-        """Add the gradients of sums of the losses of sequences to the field.
+        """Add the gradients of sums of the losses of sequences to the coefficients.
 
         Args:
             stream: From `forward`.
@@ -137,11 +137,11 @@ class Passes:
     ) -> None:
         """Add the gradients of the coefficients of some tensors, by the chain rule, given those of the parameters that they fill."""
         if key not in self._parts:
-            learnt = [source for source in sources if source in self._field]
+            learnt = [source for source in sources if source in self._coefficients]
             self._parts[key] = find_parts(self._skeleton, learnt, parameters, self._weights.named)[0]
         for source, part in self._parts[key].items():
             if part.parameter in gradients:
-                self._field.add_gradient(source, part.of(gradients[part.parameter]), loss)
+                self._coefficients.add_gradient(source, part.of(gradients[part.parameter]), loss)
 
 
 @torch.no_grad()

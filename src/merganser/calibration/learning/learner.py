@@ -21,8 +21,8 @@ from ..output.writer import file_name, write_about, write_sums
 from ..single.run import Progress, described, without
 from ..sums.coefficients import coefficient_sums
 from ..within.weights import ModelTensors
+from .coefficients import Coefficients, LearntTensors, chosen, settings_of
 from .descent import Passes
-from .field import Field, Weights, chosen, settings_of
 from .losses import Losses
 from .sequences import lined_up, of_step
 from .teachers import Teachers
@@ -43,7 +43,7 @@ class Learner:
     Args:
         plan: The merge.
         skeleton: The merged model.
-        field: The coefficients.
+        coefficients: The coefficients.
         learning: How they are learnt.
         target: Where statistics and the state are written.
         data: The sequences of each model.
@@ -54,14 +54,14 @@ class Learner:
         self,
         plan: Plan,
         skeleton: Skeleton,
-        field: Field,
+        coefficients: Coefficients,
         learning: Learning,
         target: Target,
         data: Sequence[Sequence[Batch]],
         names: Sequence[str],
     ) -> None:
         self._skeleton = skeleton
-        self._field = field
+        self._coefficients = coefficients
         self._learning = learning
         self._target = target
         self._names = names
@@ -73,8 +73,8 @@ class Learner:
         # only the sequences that the steps will use; of a model whose weight is 0, none
         used = self._steps * self._batch
         self._data = [own[:used] if weight else [] for own, weight in zip(data, self._weight, strict=True)]
-        self._passes = Passes(skeleton, field, Weights(plan, field), target.folder / _HIDDEN)
-        self._optimiser = torch.optim.Adam(list(field.values.values()), lr=float(parameters["rate"]))
+        self._passes = Passes(skeleton, coefficients, LearntTensors(plan, coefficients), target.folder / _HIDDEN)
+        self._optimiser = torch.optim.Adam(list(coefficients.values.values()), lr=float(parameters["rate"]))
         self._teachers: Teachers | None = None
         self._done = 0
         self._losses: list[list[float | None]] = []
@@ -120,11 +120,11 @@ class Learner:
         stream, losses = self._forward(step)
         parts = losses.by_model() if self._learning.by_model else [range(len(stream.batches))]
         values = self._passes.backward(stream, losses.of, parts)
-        gradients = self._field.take_gradients()
+        gradients = self._coefficients.take_gradients()
         if self._learning.by_model:
             self._update(step, gradients)
             return losses.means(values)
-        for group, own in self._field.values.items():
+        for group, own in self._coefficients.values.items():
             own.grad = gradients[group][0]
         if self._learning.penalty is not None:
             self._add_penalty()
@@ -134,7 +134,7 @@ class Learner:
     def _update(self, step: int, gradients: Mapping[str, Tensor]) -> None:
         """Take the method's own step, given the gradient of each model's loss."""
         assert self._learning.update is not None
-        for group, own in self._field.values.items():
+        for group, own in self._coefficients.values.items():
             given = {
                 **self._settings,
                 "values": own.flatten(1),
@@ -160,7 +160,7 @@ class Learner:
     def _add_penalty(self) -> None:
         """Add the gradient of the penalty to that of the coefficients."""
         assert self._learning.penalty is not None
-        values = self._field.values
+        values = self._coefficients.values
         with torch.enable_grad():
             leaves = [own.detach().clone().requires_grad_() for own in values.values()]
             given = {**self._settings, "coefficients": [own.flatten(1) for own in leaves]}
@@ -179,14 +179,18 @@ class Learner:
         """
         if self._done:
             file = self._target.folder / _STATES[self._done % 2]
-            state = {"values": self._field.values, "optimiser": self._optimiser.state_dict(), "losses": self._losses}
+            state = {
+                "values": self._coefficients.values,
+                "optimiser": self._optimiser.state_dict(),
+                "losses": self._losses,
+            }
             save_working(state, file)
         teachers = None if self._teachers is None else self._teachers.states
         self._target.note({"done": self._done, "teachers": teachers})
 
     def _restore(self, file: Path) -> None:
         found = load_working(file)
-        for group, own in self._field.values.items():
+        for group, own in self._coefficients.values.items():
             own.copy_(found["values"][group])
         self._optimiser.load_state_dict(found["optimiser"])
         self._losses = found["losses"]
@@ -204,7 +208,7 @@ class Learner:
             folder = self._target.folder / name
             folder.mkdir(exist_ok=True)
             count = sum(int(batch.stacks[-1].counted.sum()) for batch in self._data[k])
-            found = [coefficient_sums(t.name, t.shape, self._field.of(t.name)[k], count) for t in self._tensors]
+            found = [coefficient_sums(t.name, t.shape, self._coefficients.of(t.name)[k], count) for t in self._tensors]
             for file in files:
                 here = [tapped for tapped in found if place.get(tapped.names[0], files[-1]) == file]
                 write_sums(

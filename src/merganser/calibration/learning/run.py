@@ -25,8 +25,8 @@ from ..single.run import Progress
 from ..sums.coefficients import COEFFICIENTS
 from ..within.merged import merge_identity, merged_skeleton, merged_sources
 from ..within.weights import ModelTensors
+from .coefficients import Coefficients, LearntTensors, chosen
 from .columns import input_axes
-from .field import Field, Weights, chosen
 from .learner import WORKING, Learner
 from .sequences import usable
 
@@ -75,8 +75,8 @@ def learn_coefficients(
         with merged_skeleton(plan, Path(root, "merged"), torch.float32) as skeleton:
             for model in models:
                 check_predicts(skeleton, model.batches())
-            field = Field(plan.method, learning, chosen(plan), _axes(skeleton), reader)
-            weights = Weights(plan, field)
+            coefficients = Coefficients(plan.method, learning, chosen(plan), _axes(skeleton), reader)
+            weights = LearntTensors(plan, coefficients)
             weights.prepare(skeleton.outside())
             skeleton.fill_outside(source=weights)
             check_streamable(skeleton, models[0].probe(), sources[0])
@@ -85,7 +85,7 @@ def learn_coefficients(
             with Target(Path(out), fingerprint(plan, {"models": about})) as target:
                 if not target.finished:
                     data = [usable(own) for own in models]
-                    learner = Learner(plan, skeleton, field, learning, target, data, folders)
+                    learner = Learner(plan, skeleton, coefficients, learning, target, data, folders)
                     learner.open(sources)
                     learner.run(progress)
                     learner.write(about)

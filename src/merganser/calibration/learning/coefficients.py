@@ -16,7 +16,7 @@ from ...method import Learning, MergeMethod, takes
 from ..within.weights import MergedTensors
 from .columns import coefficient_shape
 
-__all__ = ["Field", "Weights", "chosen", "settings_of"]
+__all__ = ["Coefficients", "LearntTensors", "chosen", "settings_of"]
 
 
 def chosen(plan: Plan) -> list[PlannedTensor]:
@@ -30,7 +30,7 @@ def settings_of(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str,
     return {**values.static, **values.numbers}
 
 
-class Field:
+class Coefficients:
     """The coefficients.
 
     Args:
@@ -122,27 +122,27 @@ def _group(planned: PlannedTensor, over: str) -> str:
     return planned.name
 
 
-class Weights:
+class LearntTensors:
     """The tensors of the merged model, as its skeleton reads them: float32 where they have coefficients.
 
     Args:
         plan: The merge, planned without its statistics from data.
-        field: The coefficients.
+        coefficients: The coefficients.
     """
 
-    def __init__(self, plan: Plan, field: Field) -> None:
-        self._field = field
+    def __init__(self, plan: Plan, coefficients: Coefficients) -> None:
+        self._coefficients = coefficients
         self._others = MergedTensors(plan)
 
     def prepare(self, names: Iterable[str]) -> None:
         """Merge those of some tensors that have no coefficients, and forget those before."""
-        others = [name for name in names if name not in self._field]
+        others = [name for name in names if name not in self._coefficients]
         if others:
             self._others.make(others)
 
     def named(self, name: str) -> Tensor:
         """Return one of the tensors that were prepared last."""
-        return self._field.weight(name) if name in self._field else self._others.made[name]
+        return self._coefficients.weight(name) if name in self._coefficients else self._others.made[name]
 
     def tensor(self, info: TensorInfo, /) -> Tensor:
         """Return the tensor of this description."""
