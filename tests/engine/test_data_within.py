@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser.calibration.forward.stream import Stream
 from merganser.calibration.within import walk
+from merganser.checkpoint import Reader
 from merganser.engine.merge import merge, plan
 from merganser.engine.run import Interrupted
 from merganser.errors import OutputError, RecipeError
+from merganser.statistics import open_statistics
+from tests.calibration.families import VOCAB
 from tests.calibration.merging import LENGTH, Family, make_family
+from tests.evaluation.tiny import add_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,35 @@ def test_a_recipe_with_data_gives_the_merge_by_hand(method: str, llama: Family, 
     merge(written(llama, method, parameters=parameters), tmp_path / "out")
     assert weights(tmp_path / "out") == weights(tmp_path / "hand/out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hand", "out"]
+
+
+def test_convolutions_have_coefficients_like_matrices(tmp_path: Path) -> None:
+    """LFM2 has convolutions along the tokens, whose weights have three axes."""
+    keys = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = ["conv", "full_attention"]
+    config = transformers.Lfm2Config(**keys, vocab_size=VOCAB, num_hidden_layers=2, layer_types=layers, pad_token_id=0)
+    torch.manual_seed(0)
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    add_tokenizer(tmp_path / "base")
+    family = make_family(tmp_path, "lfm2", base=tmp_path / "base")
+    kernel = "model.layers.0.conv.conv.weight"
+    for method in ("expert_merging", "adamerging"):
+        recipe = written(family, method, keep_statistics=str(tmp_path / method))
+        recipe["parameters"] = {"steps": 2}
+        merge(recipe, tmp_path / f"{method}-merged")
+        merged = load_file(tmp_path / f"{method}-merged" / "model.safetensors")
+        base, *models = (load_file(own / "model.safetensors")[kernel] for own in (family.base, *family.models))
+        kept = [statistics(tmp_path / method / "within-1" / own.name, kernel) for own in family.models]
+        by_hand = base + sum(own * (model - base) for own, model in zip(kept, models, strict=True))
+        torch.testing.assert_close(merged[kernel], by_hand)
+
+
+def statistics(folder: Path, tensor: str) -> torch.Tensor:
+    """Read the coefficients of a tensor, here one number."""
+    found = open_statistics(folder)
+    with Reader() as reader:
+        (value,) = reader.tensor(found.info("coefficients", tensor)).tolist()
+    return torch.tensor(value)
 
 
 def test_the_plan_says_what_is_measured(llama: Family, tmp_path: Path) -> None:

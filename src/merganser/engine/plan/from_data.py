@@ -80,7 +80,8 @@ class DataOfModels:
                         f"{source.place}: its statistics have no entry for {tensor.name}, but other models' have one; calibrate "
                         "all models with the same version of merganser"
                     )
-            axes = self._axes(folders, tensors)
+            # what is no sum over inputs has the tensor's own layout
+            axes = self._axes(folders, tensors) if own.summed else set()
             turned = turned or axes == {len(models[0].shape) - 2}
             statistics[name] = tuple(
                 self._sum(own, folder, source, tensor, turned=turned)
