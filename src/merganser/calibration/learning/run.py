@@ -23,7 +23,7 @@ from ..reverse.run import check_predicts
 from ..single.preparation import Prepared
 from ..single.run import Progress
 from ..sums.coefficients import COEFFICIENTS
-from ..within.merged import merge_identity, merged_skeleton, merged_sources
+from ..within.merged import merge_identity, merged_models, merged_skeleton, merged_sources
 from ..within.weights import ModelTensors
 from .coefficients import Coefficients, LearntTensors, chosen
 from .columns import input_axes
@@ -70,8 +70,7 @@ def learn_coefficients(
         raise RecipeError(f"{plan.recipe.place}: {count} models are merged, {len(models)} have data")
     folders = names or [f"model-{k + 1}" for k in range(len(models))]
     with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
-        checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
-        sources = [ModelTensors(checkpoint, reader) for checkpoint in checkpoints]
+        sources = [ModelTensors(model, reader) for model in merged_models(plan)]
         with merged_skeleton(plan, Path(root, "merged"), torch.float32) as skeleton:
             for model in models:
                 check_predicts(skeleton, model.batches())

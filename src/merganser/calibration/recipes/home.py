@@ -16,7 +16,7 @@ from ...recipe.document.place import Place
 from ...statistics import CalibrationPlan
 from ..learning import check_learning
 from ..output.target import LEFT, working_names
-from ..within.merged import merge_identity
+from ..within.merged import merge_identity, merged_reading
 from .matches import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
 from .statistics import make_statistics, plan_statistics
 from .wanted import Wanted, wanted_by, with_statistics
@@ -60,15 +60,19 @@ class StatisticsHome:
         plans = [plan_match(each, self._kept(recipe, each), self._cache_dir) for each in matches]
         recipe = with_matches(recipe, dict.fromkeys(matches))
         wanted = self._wanted(recipe)
-        if wanted and wanted[0].mode.descent is not None:
-            check_learning(self._plan_merge(recipe))
         folders = {each: self.folder / each.name for each in wanted}
-        kept = {each: self._kept(recipe, each) for each in wanted}
-        merge = None
-        # permutations are found later, and belong to the merge
-        if wanted and wanted[0].mode.inputs != "own" and not matches and recipe.keep_statistics is not None:
-            merge = merge_identity(self._plan_merge(recipe))
-        plans += [plan_statistics(each, folders[each], kept[each], self._cache_dir, merge) for each in wanted]
+        with contextlib.ExitStack() as stack:
+            merge = reading = None
+            if wanted and wanted[0].mode.inputs != "own":
+                plan = self._plan_merge(recipe)
+                if wanted[0].mode.descent is not None:
+                    check_learning(plan)
+                # permutations are found later, and belong to the merge
+                merge = None if matches else merge_identity(plan)
+                reading = stack.enter_context(merged_reading(plan))
+            for each in wanted:
+                kept = self._kept(recipe, each)
+                plans.append(plan_statistics(each, folders[each], kept, self._cache_dir, merge, reading))
         return with_statistics(recipe, folders), plans
 
     def make(self, recipe: Recipe, progress: Progress | None) -> Recipe:

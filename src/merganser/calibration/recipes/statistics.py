@@ -12,7 +12,7 @@ from ...statistics import STATISTICS_NAME, CalibrationPlan, Statistics, open_sta
 from ...statistics.choice import LABELS
 from ..output.target import remove_earlier, tidy
 from ..planning.plan import lay_out, plan_prepared
-from ..single.preparation import STATISTICS, Prepared, prepare
+from ..single.preparation import STATISTICS, Prepared, Reading, prepare
 from ..single.run import Progress, run_prepared
 from .wanted import Wanted
 
@@ -20,7 +20,12 @@ __all__ = ["check_same", "make_statistics", "placed", "plan_statistics", "prepar
 
 
 def plan_statistics(
-    wanted: Wanted, folder: Path, kept: Path | None, cache_dir: Path | None, merge: str | None = None
+    wanted: Wanted,
+    folder: Path,
+    kept: Path | None,
+    cache_dir: Path | None,
+    merge: str | None = None,
+    reading: Reading | None = None,
 ) -> CalibrationPlan:
     """Plan a calibration, and lay out its statistics without values, for planning the merge.
 
@@ -30,11 +35,12 @@ def plan_statistics(
         kept: Where the statistics will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
         merge: The hash of the merge within which they are measured; None if there is none, or it is not known yet.
+        reading: How models read text within the merge; None for their own way.
 
     Raises:
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
-    with placed(wanted), prepared_for(wanted, cache_dir) as prepared:
+    with placed(wanted), prepared_for(wanted, cache_dir, reading) as prepared:
         plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.mode)
         lay_out(prepared, blocks, folder, wanted.mode)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
@@ -74,8 +80,8 @@ def make_statistics(
 
 
 @contextmanager
-def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
-    """Prepare a calibration."""
+def prepared_for(wanted: Wanted, cache_dir: Path | None, reading: Reading | None = None) -> Iterator[Prepared]:
+    """Prepare a calibration; arguments as for `plan_statistics`."""
     data = wanted.data
     with prepare(
         wanted.model,
@@ -85,6 +91,7 @@ def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
         labels=data.labels or LABELS[0],
         batch_tokens=data.batch_tokens,
         cache_dir=cache_dir,
+        reading=reading,
     ) as prepared:
         yield prepared
 

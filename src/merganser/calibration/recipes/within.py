@@ -14,7 +14,7 @@ from ..learning import learn_coefficients
 from ..output.target import remove_earlier, tidy
 from ..single.preparation import Prepared
 from ..single.run import Progress
-from ..within.merged import merge_identity, merged_sources
+from ..within.merged import merge_identity, merged_reading, merged_sources
 from ..within.walk import calibrate_within
 from .statistics import check_same, placed, prepared_for
 from .wanted import Wanted
@@ -49,10 +49,11 @@ def make_within(
         )
     names = [PurePosixPath(each.name).name for each in wanted]
     with ExitStack() as stack:
+        reading = stack.enter_context(merged_reading(plan))
         models = []
         for each in wanted:
             with placed(each):
-                models.append(stack.enter_context(prepared_for(each, cache_dir)))
+                models.append(stack.enter_context(prepared_for(each, cache_dir, reading)))
         tidy(folder)
         if folder.exists():
             try:

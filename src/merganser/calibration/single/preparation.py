@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from ...adapters import open_reference, published_name
+from ...checkpoint import Checkpoint
 from ...errors import DataError, UnsupportedError, did_you_mean
 from ...inference.language_model import Tokenizer, open_tokenizer
 from ...inference.stored import Source, open_stored
@@ -28,7 +29,7 @@ from ..forward.skeleton import Skeleton
 from ..reverse import GRADIENTS
 from ..sums.reducers import REDUCERS
 
-__all__ = ["STATISTICS", "Data", "Prepared", "check_given", "fingerprint", "prepare", "read"]
+__all__ = ["STATISTICS", "Data", "Prepared", "Reading", "check_given", "fingerprint", "prepare", "read"]
 
 STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
 """Names of all statistics."""
@@ -41,13 +42,27 @@ _PROBE_SAMPLES, _PROBE_TOKENS = 3, 7
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How models read text within a merge.
+
+    Args:
+        checkpoint: The merged model; only its shapes are used.
+        tokenizer: Where its tokenizer is, if the merge gives its models one vocabulary; None if each has its own.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Source | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A model and the data that it will be calibrated on.
 
     Args:
         source: The model, as it is stored.
-        skeleton: The model without weights.
-        tokenizer: Its tokenizer.
+        checkpoint: The model, opened.
+        skeleton: The model without weights; with a `Reading`, the merged model.
+        tokenizer: The tokenizer that reads the data.
         files: The data.
         samples: The sequences that were drawn.
         choice: How they were drawn; all values are set.
@@ -57,6 +72,7 @@ class Prepared:
     """
 
     source: Source
+    checkpoint: Checkpoint
     skeleton: Skeleton
     tokenizer: Tokenizer
     files: Sequence[DataFile]
@@ -117,7 +133,7 @@ class Prepared:
             "model": {
                 "reference": published_name(self.source.reference),
                 "hash": self.source.hash if hashing else "",
-                "sample": weights_sample(self.skeleton.checkpoint),
+                "sample": weights_sample(self.checkpoint),
                 "architecture": type(self.skeleton.model).__name__,
                 "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             },
@@ -161,6 +177,7 @@ def prepare(
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
     dtype: torch.dtype | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Prepared]:
     """Open a model and its tokenizer, read the data and draw sequences; no weights are read.
 
@@ -173,6 +190,7 @@ def prepare(
         batch_tokens: Largest number of tokens of a batch, with padding.
         cache_dir: Folder for models from the Hub.
         dtype: Dtype in which the model runs; None for that of the checkpoint, or float32 for a loss.
+        reading: How it reads text within a merge; None for its own way.
 
     Yields:
         The prepared calibration, until the context ends.
@@ -199,14 +217,16 @@ def prepare(
     # gradients are computed in float32, whatever the dtype of the checkpoint
     dtype = torch.float32 if with_loss else dtype
     with ExitStack() as stack:
-        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
+        checkpoint = open_reference(str(model), cache_dir=cache_dir)
+        skeleton = stack.enter_context(Skeleton(checkpoint if reading is None else reading.checkpoint, dtype))
         config = skeleton.model.config
-        tokenizer = open_tokenizer(source)
+        tokenizer = open_tokenizer((reading and reading.tokenizer) or source)
         choice = choice.for_model(skeleton.positions)
         samples = choose_samples(files, tokenizer, config, choice)
         size = 1 if with_loss else batch_tokens
         yield Prepared(
             source=source,
+            checkpoint=checkpoint,
             skeleton=skeleton,
             tokenizer=tokenizer,
             files=files,

@@ -32,7 +32,7 @@ from ..single.run import Progress, described, fits, without
 from ..sums.taps import Tapped
 from .fitting import sequences_of_step
 from .measures import MEASURES, Measured, Site
-from .merged import merge_identity, merged_skeleton, merged_sources
+from .merged import merge_identity, merged_models, merged_skeleton, merged_sources
 from .weights import MergedTensors, ModelTensors
 
 __all__ = ["calibrate_within"]
@@ -73,8 +73,7 @@ def calibrate_within(
     _check(plan, models)
     folders = names or [f"model-{k + 1}" for k in range(len(models))]
     with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
-        checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
-        sources = [ModelTensors(checkpoint, reader) for checkpoint in checkpoints]
+        sources = [ModelTensors(model, reader) for model in merged_models(plan)]
         with merged_skeleton(plan, Path(root, "merged")) as skeleton:
             merged = MergedTensors(plan)
             merged.make(skeleton.outside())

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ...checkpoint import Checkpoint, Reader, TensorInfo
+from ...checkpoint import Reader, TensorInfo
+from ...engine.alignment.alignment import Member
 from ...engine.in_memory.run import merge_to_state_dict
 from ...engine.plan.from_data import DataOfModels, with_data
 from ...engine.plan.part import part_of
@@ -16,20 +17,22 @@ __all__ = ["MergedTensors", "ModelTensors"]
 
 
 class ModelTensors:
-    """The tensors of one of the models.
+    """The tensors of one of the models; of a tied one, the embedding stands for the head that the merged model has.
 
     Args:
-        checkpoint: The model, with the names of the merged model.
+        model: The model, with the names of the merged model.
         reader: Reads them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, model: Member, reader: Reader) -> None:
+        self._model = model
         self._reader = reader
 
     def tensor(self, info: TensorInfo, /) -> Tensor:
         """Return the model's tensor of this name."""
-        return self._reader.tensor(self._checkpoint.tensors[info.name])
+        found = self._model.tensor(info.name)
+        assert found is not None, info.name
+        return self._reader.tensor(found)
 
 
 class MergedTensors:

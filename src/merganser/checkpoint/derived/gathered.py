@@ -17,7 +17,7 @@ from .derived import read_elements
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MadeRows", "RowMap", "gathered", "pick_rows"]
+__all__ = ["MadeRows", "RowMap", "gathered", "pick_rows", "with_rows_of"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -113,6 +113,22 @@ def gathered(tensors: Sequence[TensorInfo], rows: RowMap, *, name: str | None = 
         stored=own.stored or (own,),
         natural=own.natural or own.dtype,
     )
+
+
+def with_rows_of(gathered_one: TensorInfo, other: TensorInfo) -> TensorInfo:
+    """Return a tensor with its rows in the places that `gathered` gave those of another one.
+
+    Args:
+        gathered_one: A tensor; one that was not gathered leaves `other` as it is.
+        other: A tensor with as many rows as the first tensor that the former was gathered from; it is left as it is if it
+            has other rows. Rows that were made of others are zero.
+    """
+    source = gathered_one.source
+    if not isinstance(source, _Gathered) or other.shape[:1] != source.tensors[0].shape[:1]:
+        return other
+    index = source.rows.index.copy()
+    index[index < 0] = -1
+    return gathered([other], RowMap(index, MadeRows.of([[]])))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...adapters import open_reference
 from ...checkpoint import Checkpoint, TensorInfo
+from ...checkpoint.derived.gathered import with_rows_of
 from ...errors import RecipeError
 from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, ModelReference, Source
@@ -51,11 +52,12 @@ class DataOfModels:
     base: Source | None = None
 
     def of(
-        self, base: TensorInfo | None, models: Sequence[TensorInfo]
+        self, name: str, base: TensorInfo | None, models: Sequence[TensorInfo]
     ) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
         """Return the statistics of one merged tensor, and whether its matrices are stored [inputs, outputs].
 
         Args:
+            name: The name of the merged tensor, by which statistics are known that were measured within the merge.
             base: The tensor in the base.
             models: The tensor in each of the models, or in the base.
 
@@ -67,25 +69,26 @@ class DataOfModels:
         """
         statistics: dict[str, tuple[SumFromData, ...]] = {}
         turned = False
-        for name, own in self.wanted.items():
+        for argument, own in self.wanted.items():
             of_base = own.of == "base_on_models" and base is not None
             tensors = [base] * len(models) if of_base and base is not None else models
             folders = self.base_folders if of_base else self.folders
-            has = [folder.has(own.statistic, tensor.name) for folder, tensor in zip(folders, tensors, strict=True)]
+            names = [tensor.name if own.inputs == "own" else name for tensor in tensors]
+            has = [folder.has(own.statistic, each) for folder, each in zip(folders, names, strict=True)]
             if not any(has):
                 continue
-            for source, tensor, given in zip(self.sources, tensors, has, strict=True):
+            for source, each, given in zip(self.sources, names, has, strict=True):
                 if not given:
                     raise RecipeError(
-                        f"{source.place}: its statistics have no entry for {tensor.name}, but other models' have one; calibrate "
+                        f"{source.place}: its statistics have no entry for {each}, but other models' have one; calibrate "
                         "all models with the same version of merganser"
                     )
             # what is no sum over inputs has the tensor's own layout
-            axes = self._axes(folders, tensors) if own.summed else set()
+            axes = self._axes(folders, names, tensors) if own.summed else set()
             turned = turned or axes == {len(models[0].shape) - 2}
-            statistics[name] = tuple(
-                self._sum(own, folder, source, tensor, turned=turned)
-                for folder, source, tensor in zip(folders, self.sources, tensors, strict=True)
+            statistics[argument] = tuple(
+                self._sum(own, folder, source, each, tensor, turned=turned)
+                for folder, source, each, tensor in zip(folders, self.sources, names, tensors, strict=True)
             )
         return statistics, turned
 
@@ -136,31 +139,31 @@ class DataOfModels:
                     "were others; measure again"
                 )
 
-    def _axes(self, folders: Sequence[Statistics], tensors: Sequence[TensorInfo]) -> set[int]:
+    def _axes(self, folders: Sequence[Statistics], names: Sequence[str], tensors: Sequence[TensorInfo]) -> set[int]:
         """Return the axis along which a matrix takes its inputs; empty for a tensor that is not a matrix."""
         axes: set[int] = set()
-        for folder, source, tensor in zip(folders, self.sources, tensors, strict=True):
-            if tensor.name not in folder.tensors:
+        for folder, source, name, tensor in zip(folders, self.sources, names, tensors, strict=True):
+            if name not in folder.tensors:
                 continue
-            axis = folder.tensors[tensor.name].axis
+            axis = folder.tensors[name].axis
             if len(tensor.shape) - axis not in (1, 2):
                 raise RecipeError(
-                    f"{source.place}: its statistics are damaged: {tensor.name} {list(tensor.shape)} takes its inputs along "
+                    f"{source.place}: its statistics are damaged: {name} {list(tensor.shape)} takes its inputs along "
                     f"axis {axis}, which is none of its last two; calibrate this model"
                 )
             axes |= {axis}
             if len(axes) > 1:
                 raise RecipeError(
-                    f"{source.place}: its statistics have the inputs of {tensor.name} along another axis than other models' "
+                    f"{source.place}: its statistics have the inputs of {name} along another axis than other models' "
                     "do; calibrate all models with the same version of merganser"
                 )
         return axes
 
     def _sum(
-        self, own: FromData, folder: Statistics, source: Source, tensor: TensorInfo, *, turned: bool
+        self, own: FromData, folder: Statistics, source: Source, name: str, tensor: TensorInfo, *, turned: bool
     ) -> SumFromData:
-        total = folder.info(own.statistic, tensor.name)
-        count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
+        total = folder.info(own.statistic, name)
+        count = folder.info(COUNT, name) if own.of_inputs else folder.of_model(PREDICTIONS)
         lead, rest = tensor.shape[:-2], tensor.shape[-2:]
         if not own.summed:
             one_axis = len(total.shape) == 1 and total.shape[0] > 0
@@ -169,14 +172,17 @@ class DataOfModels:
             )
             if not (one_axis or (own.learning is not None and of_columns)):
                 raise RecipeError(
-                    f"{source.place}: its statistics are damaged: {own.statistic} of {tensor.name} have shape "
+                    f"{source.place}: its statistics are damaged: {own.statistic} of {name} have shape "
                     f"{list(total.shape)}, expected one axis; measure again"
                 )
             return SumFromData(total, count, summed=False)
+        if own.elementwise:
+            # its rows are those of the model, and the tensor's those of the merge's vocabulary
+            total = with_rows_of(tensor, total)
         shape = tensor.shape if own.elementwise else (*lead, *own.shape(rest[::-1] if turned else rest))
         if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(
-                f"{source.place}: its statistics are of another model: {own.statistic} of {tensor.name} "
+                f"{source.place}: its statistics are of another model: {own.statistic} of {name} "
                 f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}; calibrate this model"
             )
         return SumFromData(total, count, own.elementwise)
@@ -275,7 +281,7 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     """
     if data is None or tensor.copy or not tensor.method.from_data:
         return tensor
-    sums, turned = data.of(tensor.base, tensor.method.data_sources(tensor.inputs[:1], tensor.models))
+    sums, turned = data.of(tensor.name, tensor.base, tensor.method.data_sources(tensor.inputs[:1], tensor.models))
     return replace(tensor, data=sums, turned=turned and tensor.method.scope == "matrix")
 
 
