@@ -11,7 +11,7 @@ from .dtypes import DTYPE_BY_NAME, DTYPES, DType
 from .folder import Checkpoint, open_checkpoint
 from .layout import INDEX_NAME, Shard, index_json, plan_shards
 from .reader import MappedFiles, Reader
-from .tensor import TensorInfo, renamed
+from .tensor import TensorInfo, matched, renamed
 
 __all__ = [
     "DTYPES",
@@ -26,6 +26,7 @@ __all__ = [
     "TensorInfo",
     "derive",
     "index_json",
+    "matched",
     "open_checkpoint",
     "plan_shards",
     "renamed",

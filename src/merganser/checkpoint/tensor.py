@@ -14,7 +14,7 @@ from .ranges.file import RemoteFile
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ByteReader", "Noise", "Source", "TensorInfo", "renamed"]
+__all__ = ["ByteReader", "Noise", "Source", "TensorInfo", "matched", "renamed"]
 
 
 class ByteReader(Protocol):
@@ -61,6 +61,7 @@ class TensorInfo:
         natural: the dtype in which the model's weights are usually stored, if `dtype` is that of a computation.
         noise: for dequantised values, how far rounding to the grid may have moved them.
         remote: the file of the Hub that the bytes at `offset` are fetched from; `file` is where a copy of it would be.
+        own_name: its name in its model, if `name` is that of another model's tensor with which it is merged.
     """
 
     name: str
@@ -74,6 +75,12 @@ class TensorInfo:
     natural: DType | None = field(default=None, repr=False, compare=False)
     noise: Noise | None = field(default=None, repr=False, compare=False)
     remote: RemoteFile | None = field(default=None, repr=False, compare=False)
+    own_name: str | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name_in_model(self) -> str:
+        """Its name in its model, by which statistics of that model know it."""
+        return self.own_name or self.name
 
     @property
     def numel(self) -> int:
@@ -107,6 +114,11 @@ class _Renamed:
 
     def read_into(self, reader: ByteReader, name: str, start: int, buffer: memoryview) -> None:
         self.source.read_into(reader, self.name, start, buffer)
+
+
+def matched(tensor: TensorInfo, name: str) -> TensorInfo:
+    """Return a tensor under the name of another model's tensor with which it is merged; it keeps its own beside it."""
+    return replace(renamed(tensor, name), own_name=tensor.name_in_model) if name != tensor.name else tensor
 
 
 def renamed(tensor: TensorInfo, name: str) -> TensorInfo:

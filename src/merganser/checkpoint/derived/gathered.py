@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import DTYPE_BY_NAME, DType
-from ..tensor import ByteReader, TensorInfo
+from ..tensor import ByteReader, TensorInfo, matched
 from .derived import read_elements
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def gathered(tensors: Sequence[TensorInfo], rows: RowMap, *, name: str | None = 
     dtype = own.dtype if alike and rows.made.copies else DTYPE_BY_NAME[wide]
     shape = (len(rows.index), *own.shape[1:])
     return replace(
-        own,
-        name=name or own.name,
+        own if name is None else matched(own, name),
         dtype=dtype,
         shape=shape,
         offset=-1,

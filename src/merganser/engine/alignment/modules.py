@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...anatomy.modules import TEXT, find_modules, language_root, module_name
-from ...checkpoint import renamed
+from ...checkpoint import matched
 from ...errors import CheckpointError, RecipeError, did_you_mean
 from ...recipe import Inputs, ModelReference, Recipe, check_layer_ranges
 from ...wording import plural
@@ -46,7 +46,7 @@ def as_language_parts(members: Mapping[ModelReference, Member]) -> tuple[dict[Mo
         tensors = {}
         for name, tensor in member.checkpoint.tensors.items():
             new = names.get(name, name)
-            tensors[new] = renamed(tensor, new)
+            tensors[new] = matched(tensor, new)
         found[member.reference] = Member.of(member.reference, replace(member.checkpoint, tensors=tensors))
         messages.append(
             f"{member.reference}: its language model is matched with that of {donor.reference}: {own or 'no prefix'} is "

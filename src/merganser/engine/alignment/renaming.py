@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...checkpoint import Checkpoint, renamed
+from ...checkpoint import Checkpoint, matched
 from .meta_model import build_model
 
 __all__ = ["Loaded", "load_names", "named_alike"]
@@ -41,7 +41,7 @@ def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         new = pairs.get(name, name)
-        tensors[new] = renamed(tensor, new)
+        tensors[new] = matched(tensor, new)
     old, new = next(iter(pairs.items()))
     message = (
         f"{where}: {len(pairs)} tensors have the names of another version of {kind}; matched as transformers loads them: "

@@ -73,7 +73,7 @@ class DataOfModels:
             of_base = own.of == "base_on_models" and base is not None
             tensors = [base] * len(models) if of_base and base is not None else models
             folders = self.base_folders if of_base else self.folders
-            names = [tensor.name if own.inputs == "own" else name for tensor in tensors]
+            names = [tensor.name_in_model if own.inputs == "own" else name for tensor in tensors]
             has = [folder.has(own.statistic, each) for folder, each in zip(folders, names, strict=True)]
             if not any(has):
                 continue

@@ -91,7 +91,11 @@ def _numbers(alignment: Alignment, resolver: Resolver) -> list[Mapping[str, Any]
         data = open_data(resolver.method, resolver.sources(index)) if resolver.method.numbers else None
         slots = [slot for slot in alignment.slots if slot.slice_index == index]
         layers = [
-            {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
+            {
+                slot.inputs[source.model].name_in_model: slot.location.layer
+                for slot in slots
+                if source.model in slot.inputs
+            }
             for source in ([] if data is None else data.sources)
         ]
         found.append({} if data is None else data.numbers_of(layers))

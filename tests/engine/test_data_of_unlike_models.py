@@ -1,4 +1,4 @@
-"""Statistics from data where a merge matches rows by token: the numbers of tokens are another model's own affair."""
+"""Statistics from data of models that store the same in other ways: other numbers of tokens, other names, no head."""
 
 from __future__ import annotations
 
@@ -108,3 +108,19 @@ def test_a_tied_model_teaches_a_merge_with_a_head(family: Family, tmp_path: Path
             merges.append(load_file(tmp_path / f"{method}-{second.name}" / "model.safetensors"))
         for name, tensor in merges[0].items():
             torch.testing.assert_close(merges[1][name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher", "sens", "adamerging"])
+def test_names_of_tensors_do_not_matter(method: str, tmp_path: Path) -> None:
+    """Models of GPT-2 are stored with and without a prefix; statistics know the name that the model itself has."""
+    family = make_family(tmp_path, "gpt2")
+    short = tmp_path / "short"
+    shutil.copytree(family.models[1], short)
+    tensors = load_file(short / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in tensors)
+    without = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(without, short / "model.safetensors", {"format": "pt"})
+    for second in (family.models[1], short):
+        merge(written(family, method, second), tmp_path / f"with-{second.name}")
+    long, found = (tmp_path / f"with-{second.name}/model.safetensors" for second in (family.models[1], short))
+    assert found.read_bytes() == long.read_bytes()
