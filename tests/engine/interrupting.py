@@ -78,7 +78,7 @@ class Killer(Stopper):
 
 
 class Slow(Counter):
-    """Takes its time, and leaves a note when it has begun."""
+    """Leaves a note when it has begun, and takes its time until `NOTE.sent` is there (30 s at most) and after."""
 
     def __init__(self, note: Path) -> None:
         super().__init__()
@@ -86,6 +86,9 @@ class Slow(Counter):
 
     def told(self) -> None:
         self.note.touch()
+        end = time.monotonic() + 30
+        while not self.note.with_suffix(".sent").exists() and time.monotonic() < end:
+            time.sleep(0.01)
         time.sleep(0.05)
 
 

@@ -125,13 +125,14 @@ def test_interrupt_of_a_process(tmp_path, recipe, expected):
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
+    (tmp_path / "note.sent").touch()
     process.join(30)
     assert process.exitcode == 130
     said = (tmp_path / "note.said").read_text()
     assert said == f"{tmp_path / 'out'}: stopped; run the same command again to continue"
     assert not (tmp_path / "out").exists()
     assert read_files(merge(recipe, tmp_path / "out").out) == expected[0]
-    assert beside(tmp_path) == ["elsewhere", "models", "note", "note.said", "out"]
+    assert beside(tmp_path) == ["elsewhere", "models", "note", "note.said", "note.sent", "out"]
 
 
 def test_only_what_is_missing_is_done(tmp_path, recipe, expected):
