@@ -79,6 +79,20 @@ def statistics(folder: Path, tensor: str) -> torch.Tensor:
     return torch.tensor(value)
 
 
+@pytest.mark.parametrize("method", ["zipit", "dam"])
+def test_a_base_that_is_not_used_is_a_model_where_it_is_listed(method: str, llama: Family, tmp_path: Path) -> None:
+    """Such a base gives config and tokenizer alone: the merge is the same without the key."""
+    recipe = {"merge_method": method, "dtype": "float32", "base_model": str(llama.base)}
+    recipe |= {"models": [{"model": str(own)} for own in (llama.base, llama.models[0])]}
+    recipe |= {"data": {"files": str(llama.data[0]), "length": LENGTH}}
+    if method == "dam":
+        recipe["parameters"] = {"steps": 2}
+    merge(recipe, tmp_path / "with")
+    del recipe["base_model"]
+    merge(recipe, tmp_path / "without")
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+
+
 def test_the_plan_says_what_is_measured(llama: Family, tmp_path: Path) -> None:
     plus, alone, pairs = (plan(written(llama, method)) for method in ("regmean_plus", "regmean", "featcal"))
     assert [each.name for each in plus.calibrations] == ["within-1/model0", "within-1/model1"]

@@ -16,7 +16,7 @@ from ...engine.finish import lay_out
 from ...engine.plan.part import treatment_hash
 from ...engine.plan.plan import Plan
 from ...inference.stored import open_stored
-from ...recipe import Source
+from ...recipe import Source, check_recipe
 from ..forward.skeleton import Skeleton
 from ..single.preparation import Reading
 
@@ -29,8 +29,8 @@ def merge_identity(plan: Plan) -> str:
 
 
 def merged_sources(plan: Plan) -> list[Source]:
-    """Return the models that are merged, without the base, in the order of the recipe."""
-    return [source for source in plan.recipe.models if source.model != plan.recipe.base_model]
+    """Return the models that are merged, in the order of the recipe: without the base, if the method uses one."""
+    return list(check_recipe(plan.recipe).sources(0).models)
 
 
 def merged_models(plan: Plan) -> list[Member]:
