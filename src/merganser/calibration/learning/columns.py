@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..forward.experts import expert_matrices, expert_modules
 from ..forward.internals import linear_classes
 from ..forward.skeleton import Skeleton
-from ..reverse.parameters import Part
+from ..reverse.backward import outside_parameters
+from ..reverse.parameters import block_parameters, likely_parts
 
 __all__ = ["coefficient_shape", "input_axes"]
 
 
-def input_axes(skeleton: Skeleton, parts: Mapping[str, Part]) -> dict[str, int]:
+def input_axes(skeleton: Skeleton) -> dict[str, int]:
     """Return the axis of each of the checkpoint's matrices that counts its inputs, by name.
 
     Of an embedding it is that of the hidden dimension. Tensors that are no such matrix are missing.
-
-    Args:
-        skeleton: The model.
-        parts: The parts of parameters that tensors fill.
     """
-    own = _of_parameters(skeleton.model)
+    axes = _of_parameters(skeleton.model)
+    pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
     found: dict[str, int] = {}
-    for name, part in parts.items():
-        axis = own.get(part.parameter)
-        if axis is not None:
-            axis -= part.index is not None
-            found[name] = 1 - axis if part.turned else axis
+    for sources, parameters in (*pieces, (skeleton.outside(head=True), outside_parameters(skeleton))):
+        for name, part in likely_parts(skeleton, sources, parameters).items():
+            axis = axes.get(part.parameter)
+            if axis is not None:
+                axis -= part.index is not None
+                found[name] = 1 - axis if part.turned else axis
     return found
 
 

@@ -14,7 +14,7 @@ from ..data.batches import Sample
 from ..forward import internals
 from ..forward.skeleton import Skeleton
 from ..reverse.backward import outside_parameters
-from ..reverse.parameters import block_parameters, likely_parts
+from ..reverse.parameters import block_parameters
 from ..sums.coefficients import coefficient_sums
 from ..sums.taps import Tapped
 from .columns import coefficient_shape, input_axes
@@ -131,9 +131,8 @@ def _numel(parameters: Mapping[str, nn.Parameter]) -> int:
 def learnt_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapped]]:
     """Return the coefficients that tensors will have, without values: of every block, and of what is outside them."""
     found: list[list[Tapped]] = []
-    pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
-    for sources, parameters in (*pieces, (skeleton.outside(head=True), outside_parameters(skeleton))):
-        axes = input_axes(skeleton, likely_parts(skeleton, sources, parameters)) if descent.columns else {}
+    axes = input_axes(skeleton) if descent.columns else {}
+    for sources in (*(block.sources for block in skeleton.blocks), skeleton.outside(head=True)):
         tensors = {name: skeleton.checkpoint.tensors[name] for name in sources}
         found.append(
             [

@@ -15,10 +15,7 @@ from ...errors import RecipeError
 from ...method import Learning
 from ...statistics import COUNT, Statistics, open_statistics
 from ..forward.forward import check_streamable
-from ..forward.skeleton import Skeleton
 from ..output.target import Target
-from ..reverse.backward import outside_parameters
-from ..reverse.parameters import block_parameters, likely_parts
 from ..reverse.run import check_predicts
 from ..single.preparation import Prepared
 from ..single.run import Progress
@@ -74,7 +71,7 @@ def learn_coefficients(
         with merged_skeleton(plan, Path(root, "merged"), torch.float32) as skeleton:
             for model in models:
                 check_predicts(skeleton, model.batches())
-            coefficients = Coefficients(plan.method, learning, chosen(plan), _axes(skeleton), reader)
+            coefficients = Coefficients(plan.method, learning, chosen(plan), input_axes(skeleton), reader)
             weights = LearntTensors(plan, coefficients)
             weights.prepare(skeleton.outside())
             skeleton.fill_outside(source=weights)
@@ -118,12 +115,3 @@ def check_learning(plan: Plan) -> Learning:
     if not any(tensors[0].parameters["weight"]):
         raise RecipeError(f"{place}: weight is 0 for every model, so there is no loss; one at least must be above 0")
     return learning
-
-
-def _axes(skeleton: Skeleton) -> dict[str, int]:
-    """Return the axis of every matrix that counts its inputs."""
-    found: dict[str, int] = {}
-    pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
-    for sources, parameters in (*pieces, (skeleton.outside(head=True), outside_parameters(skeleton))):
-        found |= input_axes(skeleton, likely_parts(skeleton, sources, parameters))
-    return found
