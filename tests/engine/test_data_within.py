@@ -23,6 +23,8 @@ from tests.calibration.families import VOCAB
 from tests.calibration.merging import LENGTH, Family, make_family
 from tests.evaluation.tiny import add_tokenizer
 
+TWO_DTYPES = ("float32", "bfloat16")
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
@@ -91,6 +93,13 @@ def test_a_base_that_is_not_used_is_a_model_where_it_is_listed(method: str, llam
     del recipe["base_model"]
     merge(recipe, tmp_path / "without")
     assert weights(tmp_path / "with") == weights(tmp_path / "without")
+
+
+@pytest.mark.parametrize("method", ["regmean_plus", "dam"])
+def test_bytes_that_are_read_are_those_of_the_models(method: str, llama: Family) -> None:
+    """The merge computes in the dtype of its output, but reads the files of its models."""
+    read = [[own.bytes_read for own in plan(written(llama, method, dtype=dtype)).calibrations] for dtype in TWO_DTYPES]
+    assert read[0] == read[1]
 
 
 def test_the_plan_says_what_is_measured(llama: Family, tmp_path: Path) -> None:

@@ -79,12 +79,13 @@ class LearningPlan:
 
 
 def plan_learning(
-    skeleton: Skeleton, descent: Descent, samples: Sequence[Sample], forward: float, together: int
+    skeleton: Skeleton, nbytes: int, descent: Descent, samples: Sequence[Sample], forward: float, together: int
 ) -> LearningPlan:
     """Plan what one model's data take.
 
     Args:
-        skeleton: The model.
+        skeleton: The merged model.
+        nbytes: Bytes of the model's files.
         descent: The steps.
         samples: Its sequences.
         forward: Floating-point operations of its blocks' forward on all of them.
@@ -99,12 +100,12 @@ def plan_learning(
     longest = max(len(sample.stacks[-1].ids) for sample in samples)
     of_head = 2.0 * head.weight.numel() * tokens
     operations = share * (descent.steps * (_BLOCK_WORK * forward + _HEAD_WORK * of_head) + forward + of_head)
-    own = skeleton.checkpoint.nbytes
     # in each step forward, backward, and for the gradients of coefficients; the base's reads are shared out among the models
-    read = round((3 * descent.steps + 1) * own * (1 + 1 / together)) + own
+    read = round((3 * descent.steps + 1) * nbytes * (1 + 1 / together)) + nbytes
     if descent.has_teacher:
         operations += used * forward + share * (descent.steps + 1) * of_head
-        read += own + (descent.steps + 1) * head.weight.numel() * skeleton.dtype.itemsize
+        entries = sum(own.numel for own in skeleton.checkpoint.tensors.values())
+        read += nbytes + round((descent.steps + 1) * nbytes * head.weight.numel() / entries)
     width = int(getattr(skeleton.model.config.get_text_config(), "hidden_size", 0))
     rows = sum(len(sample.stacks[block.stack].ids) for block in skeleton.blocks for sample in samples)
     spool = _FLOAT32 * width * (share * rows + descent.has_teacher * 2 * used * tokens)

@@ -96,9 +96,11 @@ def cost_of_forward(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], mode
     outside = skeleton.outside(head=prepared.labels is not None)
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     count = len(prepared.samples)
+    # the skeleton may be the merged model, whose weights have other dtypes than those of the model that is read
+    share = prepared.checkpoint.nbytes / max(skeleton.checkpoint.nbytes, 1)
     passes = KINDS[mode.inputs].forwards + _FIT_PASSES * mode.steps * min(mode.batch, count) / count
     return Cost(
-        read=skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside),
+        read=round(share * (skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside))),
         forward=forward_operations(prepared) * passes,
         sums=sum(_sum_operations(prepared, tapped) for block in blocks for tapped in block),
         memory=_peak_memory(prepared, _loaded(skeleton, outside), blocks, mode),

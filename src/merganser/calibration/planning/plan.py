@@ -88,7 +88,8 @@ def plan_prepared(
         files += reverse.sums
     if mode.descent is not None:
         forward = forward_operations(prepared)
-        learning = plan_learning(prepared.skeleton, mode.descent, prepared.samples, forward, mode.together)
+        nbytes = prepared.checkpoint.nbytes
+        learning = plan_learning(prepared.skeleton, nbytes, mode.descent, prepared.samples, forward, mode.together)
         cost = cost.with_learning(learning)
     plan = CalibrationPlan(
         model=model,

@@ -90,7 +90,6 @@ class StatisticsHome:
         for each in wanted:
             kept = self._kept(recipe, each)
             folders[each] = folder = kept or self.folder / each.name
-
             with _stoppable(each.place, f"{each.name} was"):
                 tell = _told(progress, each.name)
                 make_statistics(each, folder, kept=kept is not None, cache_dir=self._cache_dir, progress=tell)
