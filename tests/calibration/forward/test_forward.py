@@ -238,9 +238,11 @@ def test_keys_that_blocks_share_are_found_out(tmp_path: Path) -> None:
 
 
 def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # made before, since transformers itself imports the module that is taken away
+    config = transformers.LlamaConfig()
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     with pytest.raises(UnsupportedError, match=r"^calibrating needs transformers 5\.2 or newer, installed is"):
-        internals.build_skeleton(transformers.LlamaConfig(), torch.float32)
+        internals.build_skeleton(config, torch.float32)
 
 
 def test_a_model_without_a_stack_is_refused(tmp_path: Path) -> None:
